@@ -1,0 +1,2465 @@
+"""Agent Backend: development workspaces on your own Docker engine, behind a REST API.
+
+The module reads from top to bottom; a section uses names of its own and of those above it.
+
+Errors      what can go wrong, each with its HTTP status and code
+Config      the settings, read once from the environment
+Schemas     JSON Schema files and the errors they find
+State       workspaces and ports in one locked dict, mirrored to one file
+Events      what happened, kept in a ring per topic, handed to bounded subscriptions
+Engine      everything that speaks with Docker
+Templates   folders with a Dockerfile, and the images built from them
+Workspaces  create, start, stop, remove, adopt, sweep
+Views       records as the objects of the API
+Routes      the table of routes and their handlers
+Server      the gate before the routes, the WSGI server, the command line
+"""
+from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - first: bottle and docker keep what they find at import
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import hmac
+import http.client
+import io
+import ipaddress
+import json
+import logging
+import os
+import re
+import resource
+import secrets
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.parse
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import bottle
+import docker
+import gevent
+import gevent.event
+import gevent.lock
+import gevent.pool
+import gevent.pywsgi
+import jsonschema
+import referencing
+import requests.exceptions
+import urllib3.exceptions
+
+VERSION = '1.0.0'
+HERE = Path(__file__).resolve().parent
+DATA = HERE if (HERE / 'schemas').is_dir() else HERE / 'agentbackend_data'
+log = logging.getLogger('agentbackend')
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+class BackendError(Exception):
+    """A failure that a client is told: its text, its HTTP status and its code."""
+
+    status = 500
+    code = 'INTERNAL_ERROR'
+
+    def __init__(self, text, *, details=None, headers=()):
+        super().__init__(text)
+        self.details = details
+        self.headers = dict(headers)
+
+
+class ConfigError(Exception):
+    """A setting that makes no sense; the text begins with its name."""
+
+
+class ValidationError(BackendError): status, code = 400, 'VALIDATION_ERROR'
+class UnsupportedMediaType(ValidationError): status = 415
+class Unauthorized(BackendError): status, code = 401, 'UNAUTHORIZED'
+class Forbidden(BackendError): status, code = 403, 'FORBIDDEN'
+class NotFound(BackendError): status, code = 404, 'NOT_FOUND'
+class MethodNotAllowed(BackendError): status, code = 405, 'METHOD_NOT_ALLOWED'
+class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
+class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
+class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
+class WorkspaceAlreadyExists(BackendError): status, code = 409, 'WORKSPACE_ALREADY_EXISTS'
+class WorkspaceNotRunning(BackendError): status, code = 409, 'WORKSPACE_NOT_RUNNING'
+class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
+class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
+class EngineUnavailable(DockerError): status = 503
+class MissingOnEngine(DockerError): pass
+class ConflictOnEngine(DockerError): pass
+
+
+class PortTaken(DockerError):
+    """The engine could not bind a published port; `port` is its number, or None if it did not say."""
+
+    def __init__(self, text, *, port=None):
+        super().__init__(text)
+        self.port = port
+
+
+class Superseded(Exception):
+    """A job found that its workspace has meanwhile been given another fate."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------
+
+UNITS = {'': 1, 'b': 1, 'k': 2**10, 'm': 2**20, 'g': 2**30, 't': 2**40}
+
+
+def parse_port(text):
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError('a port is a number from 0 to 65535')
+    return number
+
+
+def parse_port_range(text):
+    """Return (first, last) of `8443-8550`; one port alone is a range too."""
+    first, _, last = text.partition('-')
+    first, last = int(first), int(last or first)
+    if not 1 <= first <= last <= 65535:
+        raise ValueError('a port range is FIRST-LAST with 1 <= FIRST <= LAST <= 65535')
+    return first, last
+
+
+def parse_size(text):
+    """Return the bytes of `4g`, `512m` or `1073741824`."""
+    match = re.fullmatch(r'(\d+)\s*([bkmgt]?)b?', text.strip().lower())
+    if not match:
+        raise ValueError('a size is a number of bytes, or one with k, m, g or t behind it')
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse_seconds(text):
+    seconds = float(text)
+    if not 0 < seconds < 1e9:
+        raise ValueError('a duration is a positive number of seconds')
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+def parse_count(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError('it must be at least 1')
+    return number
+
+
+def parse_cpus(text):
+    cpus = float(text)
+    if not 0.01 <= cpus <= 1024:
+        raise ValueError('it is a number of cores, at least 0.01')
+    return cpus
+
+
+def parse_words(text):
+    return tuple(word for word in re.split(r'[\s,]+', text.strip()) if word)
+
+
+def parse_instance(text):
+    if not re.fullmatch(r'[a-z0-9][a-z0-9_.-]{0,31}', text):
+        raise ValueError("it has small letters, digits and '_.-', at most 32")
+    return text
+
+
+def parse_name(text):
+    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,62}', text):
+        raise ValueError("it has letters, digits and '_.-'")
+    return text
+
+
+def parse_path(text):
+    if not re.fullmatch(r'(/[A-Za-z0-9_.-]+)+/?', text) or '..' in text.split('/'):
+        raise ValueError('it must be an absolute path, not the root, of letters, digits and _.-')
+    return text.rstrip('/')
+
+
+def parse_address(text):
+    return str(ipaddress.ip_address(text))
+
+
+def parse_log_level(text):
+    if text.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
+        raise ValueError('it is one of debug, info, warning and error')
+    return text.upper()
+
+
+def setting(default, parse, text):
+    return field(metadata={'default': default, 'parse': parse, 'help': text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings. Each is the environment variable of the same name in capitals."""
+
+    port: int = setting('3100', parse_port, 'Port of the server.')
+    host: str = setting('127.0.0.1', str, 'Address the server listens on. Any other than loopback needs `API_TOKEN`.')
+    docker_host: str = setting('', str, 'Docker engine, as `unix:///path`, a bare socket path, or `tcp://host:port`. '
+                               'Empty is the default socket.')
+    docker_tls_verify: str = setting('', str, 'As for the `docker` command: not empty makes a `tcp://` engine prove itself.')
+    docker_cert_path: str = setting('', str, 'As for the `docker` command: folder with `ca.pem`, `cert.pem` and `key.pem`.')
+    workspace_base_path: str = setting('/workspace', parse_path, 'Where a workspace has its volume; the project is `<this>/<name>`.')
+    log_level: str = setting('info', parse_log_level, '`debug`, `info`, `warning` or `error`.')
+    instance: str = setting('default', parse_instance, 'Name of this server on its engine. Servers with different names '
+                            "don't see each other's workspaces.")
+    api_token: str = setting('', str, 'When set, every call needs `Authorization: Bearer <token>`.')
+    allowed_hosts: tuple = setting('', parse_words, 'Host names, beside localhost, `HOST` and plain addresses of loopback, '
+                                   'under which the server may be called.')
+    allowed_origins: tuple = setting('', parse_words, 'Origins of web pages, beside those on localhost, that may call '
+                                     'the server, as `https://dev.example.org`.')
+    code_server_ports: tuple = setting('8443-8550', parse_port_range, 'Host ports for editors.')
+    ssh_ports: tuple = setting('2223-2250', parse_port_range, 'Host ports for SSH.')
+    custom_ports: tuple = setting('10000-10999', parse_port_range, 'Host ports for the `ports` of a workspace.')
+    workspace_bind_address: str = setting('127.0.0.1', parse_address, 'Host address that published ports are bound to.')
+    workspace_host: str = setting('', str, 'Host name under which published ports are reached, when it is not the bind address: '
+                                  'the engine is remote, or the server runs in a container itself.')
+    workspace_memory: int = setting('4g', parse_size, 'Memory limit of a workspace that names none.')
+    workspace_cpus: float = setting('2', parse_cpus, 'Cores of a workspace that names none, at most what the engine has.')
+    workspace_pids: int = setting('4096', parse_count, 'How many processes a workspace may have.')
+    agent_ttl: int = setting('86400', parse_seconds, 'Seconds without activity after which a workspace of type `agent` '
+                             'is deleted, if it names no `ttl`.')
+    default_template: str = setting('bun-typescript', parse_name, 'Template of a workspace that names none.')
+    templates_dir: str = setting('', str, 'Folder with templates of your own; one named as a built-in takes its place.')
+    prebuild: tuple = setting('bun-typescript', parse_words, 'Templates whose images are built as soon as the engine answers. '
+                              '`none` builds each when it is first used.')
+    base_image: str = setting('debian:bookworm-slim', str, 'Debian image that `templates/base` begins with. It is taken from the '
+                              'engine, else pulled, else made with debootstrap.')
+    debian_mirror: str = setting('', str, "Mirror for debootstrap; empty is debootstrap's own default.")
+    extra_ca_certs: str = setting('', str, 'File of CA certificates that images trust beside their own. Empty takes the file that '
+                                  '`NODE_EXTRA_CA_CERTS` or `SSL_CERT_FILE` names.')
+    ssh_authorized_keys: str = setting('', str, 'File of public keys that may log in to every workspace.')
+    ready_timeout: float = setting('600', parse_seconds, 'Seconds a workspace may take, clone included, until it answers.')
+    stop_timeout: int = setting('10', parse_seconds, 'Seconds between SIGTERM and SIGKILL when a workspace stops.')
+    build_timeout: float = setting('3600', parse_seconds, 'Seconds the build of an image may take.')
+    max_body: int = setting('1m', parse_size, 'Largest body of a request.')
+    request_timeout: float = setting('10', parse_seconds, 'Seconds a client has for the headers of a request, and again for its body.')
+    state_dir: str = setting('', str, "Folder of the state file. Empty is `agentbackend` in the user's state folder.")
+
+    @classmethod
+    def from_env(cls, environ):
+        """Read every setting from `environ`; raise ConfigError with the name of the first that makes no sense."""
+        values = {}
+        for item in dataclasses.fields(cls):
+            name = item.name.upper()
+            text = environ.get(name) or item.metadata['default']
+            try:
+                values[item.name] = item.metadata['parse'](text)
+            except ValueError as error:
+                raise ConfigError(f'{name}={text!r} makes no sense: {error}.') from error
+        return cls(**cls._derived(values, environ))._checked()
+
+    @staticmethod
+    def _derived(values, environ):
+        if not values['extra_ca_certs']:
+            values['extra_ca_certs'] = environ.get('NODE_EXTRA_CA_CERTS') or environ.get('SSL_CERT_FILE') or ''
+        if not values['state_dir']:
+            home = environ.get('XDG_STATE_HOME') or os.path.join(os.path.expanduser('~'), '.local', 'state')
+            values['state_dir'] = os.path.join(home, 'agentbackend')
+        if values['docker_host'].startswith('/'):
+            values['docker_host'] = 'unix://' + values['docker_host']
+        if values['prebuild'] == ('none',):
+            values['prebuild'] = ()
+        return values
+
+    def _checked(self):
+        if not is_loopback(self.host) and not self.api_token:
+            raise ConfigError(f'HOST={self.host!r} is reached from other machines, and whoever reaches this server is root here: '
+                              'set API_TOKEN too, or leave HOST at 127.0.0.1.')
+        ranges = {name: getattr(self, name.lower()) for name in ('CODE_SERVER_PORTS', 'SSH_PORTS', 'CUSTOM_PORTS')}
+        for one, other in (('CODE_SERVER_PORTS', 'SSH_PORTS'), ('CODE_SERVER_PORTS', 'CUSTOM_PORTS'), ('SSH_PORTS', 'CUSTOM_PORTS')):
+            if ranges[one][0] <= ranges[other][1] and ranges[other][0] <= ranges[one][1]:
+                raise ConfigError(f'{one} and {other} overlap; give each a range of its own.')
+        for name in ('extra_ca_certs', 'ssh_authorized_keys'):
+            if getattr(self, name) and not os.access(getattr(self, name), os.R_OK):
+                raise ConfigError(f'{name.upper()}={getattr(self, name)!r} is no file that can be read.')
+        if self.templates_dir and not os.path.isdir(self.templates_dir):
+            raise ConfigError(f'TEMPLATES_DIR={self.templates_dir!r} is no folder.')
+        return self
+
+
+def is_loopback(host):
+    """Tell whether a host name or address can only mean this machine."""
+    if host.lower() == 'localhost':
+        return True
+    try:
+        return ipaddress.ip_address(host.strip('[]')).is_loopback
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------
+# Schemas
+# ---------------------------------------------------------------------------------------------
+
+MAX_ERRORS = 10
+MAX_MESSAGE = 300  # characters: jsonschema quotes the whole instance
+
+
+class Schemas:
+    """The JSON Schema files of a folder, compiled once, by their names without the ending."""
+
+    def __init__(self, folder):
+        self.documents = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*.json'))}
+        registry = referencing.Registry().with_resources(
+            (f'{name}.json', referencing.Resource.from_contents(document)) for name, document in self.documents.items())
+        self._validators = {name: jsonschema.Draft202012Validator({'$ref': f'{name}.json'}, registry=registry)
+                            for name in self.documents}
+
+    def check(self, name, value, *, where='body'):
+        """Raise ValidationError with every error of `value` as {path, message}, unless it fits schema `name`."""
+        errors = sorted(self._validators[name].iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
+        if not errors:
+            return
+        details = [{'path': '.'.join(map(str, error.absolute_path)), 'message': self._sentence(error)}
+                   for error in errors[:MAX_ERRORS]]
+        first = details[0]
+        text = f"{first['path']}: {first['message']}" if first['path'] else first['message']
+        raise ValidationError(f'Invalid {where}: {text}', details=details)
+
+    @staticmethod
+    def _sentence(error):
+        if error.validator == 'additionalProperties' and error.validator_value is False:
+            known = error.schema.get('properties', {})
+            unknown = ', '.join(repr(key)[:80] for key in error.instance if key not in known)
+            return f"unknown field {unknown}; known are {', '.join(known) or 'none'}"
+        if error.validator in ('pattern', 'not', 'maxLength') and 'description' in error.schema:
+            value = repr(error.instance)
+            return f"{value if len(value) < 80 else value[:77] + '...'} does not fit: {error.schema['description']}"
+        return error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE - 3] + '...'
+
+
+def parse_json(data):
+    """Return the value of JSON bytes; raise ValidationError for anything that is not strictly JSON."""
+    def refuse(word):
+        raise ValueError(f'{word} is no JSON value')
+    try:
+        return json.loads(data.decode('utf-8'), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f'The body is not valid JSON: {error}.') from error
+
+
+# ---------------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------------
+
+CREATING, RUNNING, STOPPING, STOPPED, ERROR, DELETING = 'creating', 'running', 'stopping', 'stopped', 'error', 'deleting'
+STATUSES = (CREATING, RUNNING, STOPPING, STOPPED, ERROR, DELETING)
+SETTLED = frozenset((RUNNING, STOPPED, ERROR))  # no job is at work on it
+PERSISTENT, TEMPORARY, AGENT = 'persistent', 'temporary', 'agent'
+PORT_KINDS = {'codeServer': 'CODE_SERVER_PORTS', 'ssh': 'SSH_PORTS', 'custom': 'CUSTOM_PORTS'}
+ID_LETTERS = string.ascii_lowercase + string.digits
+
+
+@dataclass
+class Workspace:
+    """What is known of one workspace. Times are seconds since the epoch, sizes bytes.
+
+    `folder` is the name it was created with, and names the project folder: a rename does not move files under an open editor.
+    `born` is true once it has answered: from then on a failure never removes its data.
+    """
+
+    id: str
+    name: str
+    folder: str
+    type: str
+    template: str
+    created_at: float
+    status: str = CREATING
+    ports: dict = field(default_factory=dict)  # 'codeServer', 'ssh' or a container port as text -> host port
+    wanted_ports: list = field(default_factory=list)
+    ssh: bool = True
+    git_url: str = ''
+    git_branch: str = ''
+    has_credentials: bool = False
+    env: dict = field(default_factory=dict)
+    cpus: float = 0
+    memory: int = 0
+    labels: dict = field(default_factory=dict)
+    ssh_public_keys: list = field(default_factory=list)
+    ttl: float = None
+    ttl_from: float = 0
+    last_activity_at: float = 0
+    password: str = ''
+    container_id: str = ''
+    born: bool = False
+    error: str = ''
+
+    @property
+    def expires_at(self):
+        """When it is deleted, or None: an agent workspace counts from its last activity, the others from when ttl was set."""
+        if self.ttl is None:
+            return None
+        return (self.last_activity_at if self.type == AGENT else self.ttl_from) + self.ttl
+
+
+class State:
+    """Workspaces and their ports in one locked dict, mirrored to a JSON file.
+
+    What it returns are copies. A change returns when the file holds it; changes that come together are written together.
+    """
+
+    def __init__(self, path, ranges):
+        self.path = Path(path) if path else None
+        self.ranges = ranges  # kind of PORT_KINDS -> (first, last)
+        # Protects _workspaces and _version. Nothing that can block is done under it: no file, no engine, no event.
+        self._lock = threading.RLock()
+        self._workspaces = {}
+        self._version = self._saved = 0
+        self._changed = gevent.event.Event()
+        self._written = gevent.event.Event()
+        self._writer = None
+
+    def open(self):
+        """Read the file and begin to mirror to it. A damaged file is put aside, and the engine's labels tell the rest."""
+        if not self.path:
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            document = json.loads(self.path.read_text())
+            loaded = {item['id']: Workspace(**item) for item in document['workspaces']}
+        except FileNotFoundError:
+            loaded = {}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            aside = self.path.with_suffix(f'.damaged-{int(time.time())}')
+            self.path.rename(aside)
+            log.error('The state file %s is damaged (%s); it is kept as %s, and what the engine knows is adopted.',
+                      self.path, error, aside)
+            loaded = {}
+        with self._lock:
+            self._workspaces.update(loaded)
+        self._writer = gevent.spawn(self._write_for_ever)
+
+    def close(self):
+        """Write what is not yet written, and stop."""
+        if self._writer:
+            self._writer.kill()
+            self._writer = None
+            self._write()
+
+    def get(self, id_or_name):
+        """Return a copy of the workspace with this id or name; raise WorkspaceNotFound."""
+        with self._lock:
+            return dataclasses.replace(self._find(id_or_name))
+
+    def all(self):
+        """Return copies of all workspaces, oldest first."""
+        with self._lock:
+            found = [dataclasses.replace(item) for item in self._workspaces.values()]
+        return sorted(found, key=lambda item: (item.created_at, item.id))
+
+    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True):
+        """Add a workspace under a new id with ports of its own, and return its copy.
+
+        Raises WorkspaceAlreadyExists and PortExhausted; then nothing is kept.
+        """
+        with self._lock:
+            self._refuse_taken(draft.name, taken_names)
+            draft.id = self._new_id()
+            draft.ports = self._claim(draft, {}, set(taken_ports), is_free)
+            self._workspaces[draft.id] = dataclasses.replace(draft)
+            self._touch_file()
+        self._flush()
+        return draft
+
+    def adopt(self, workspace):
+        """Add a workspace as the engine knows it."""
+        with self._lock:
+            self._workspaces[workspace.id] = dataclasses.replace(workspace)
+            self._touch_file()
+        self._flush()
+
+    def update(self, workspace_id, *, when=None, flush=True, **changes):
+        """Change fields and return the copy; with `when` (a set of statuses) only from one of those, else raise Superseded."""
+        with self._lock:
+            found = self._workspaces.get(workspace_id)
+            if found is None or (when is not None and found.status not in when):
+                raise Superseded(workspace_id)
+            for name, value in changes.items():
+                setattr(found, name, value)
+            result = dataclasses.replace(found)
+            self._touch_file()
+        if flush:
+            self._flush()
+        return result
+
+    def rename(self, workspace_id, name, *, taken_names=()):
+        """Give a workspace another name; raise WorkspaceAlreadyExists."""
+        with self._lock:
+            found = self._find(workspace_id)
+            if found.name != name:
+                self._refuse_taken(name, taken_names)
+                found.name = name
+            self._touch_file()
+        self._flush()
+
+    def claim_ports(self, workspace_id, *, avoid=frozenset(), is_free=lambda port: True):
+        """Give the workspace the ports that it lacks, and others for those to `avoid`; return the copy."""
+        with self._lock:
+            found = self._find(workspace_id)
+            kept = {key: port for key, port in found.ports.items() if port not in avoid}
+            found.ports = self._claim(found, kept, set(avoid), is_free)
+            result = dataclasses.replace(found)
+            self._touch_file()
+        self._flush()
+        return result
+
+    def expire(self, now):
+        """Mark those whose time has come as deleting, and return their ids."""
+        with self._lock:
+            due = [item for item in self._workspaces.values()
+                   if item.status in SETTLED and item.expires_at is not None and item.expires_at <= now]
+            for item in due:
+                item.status = DELETING
+                self._touch_file()
+        return [item.id for item in due]
+
+    def remove(self, workspace_id):
+        """Forget a workspace and give its ports back."""
+        with self._lock:
+            self._workspaces.pop(workspace_id, None)
+            self._touch_file()
+        self._flush()
+
+    def ports_in_use(self):
+        """Return how many ports of each kind are taken, and of how many: {kind: (used, total)}."""
+        with self._lock:
+            ports = self._taken_ports()
+        return {kind: (sum(first <= port <= last for port in ports), last - first + 1)
+                for kind, (first, last) in self.ranges.items()}
+
+    def _find(self, id_or_name):
+        found = self._workspaces.get(id_or_name)
+        if found is None:
+            found = next((item for item in self._workspaces.values() if item.name == id_or_name), None)
+        if found is None:
+            raise WorkspaceNotFound('Workspace not found')
+        return found
+
+    def _refuse_taken(self, name, taken_names):
+        if name in taken_names or any(item.name == name for item in self._workspaces.values()):
+            raise WorkspaceAlreadyExists(f'A workspace named {name!r} exists already; choose another name or delete that one.')
+
+    def _new_id(self):
+        while True:
+            new = 'ws-' + ''.join(secrets.choice(ID_LETTERS) for _ in range(8))
+            if new not in self._workspaces:
+                return new
+
+    def _taken_ports(self):
+        return {port for item in self._workspaces.values() for port in item.ports.values()}
+
+    def _claim(self, workspace, kept, avoid, is_free):
+        """Return `kept` with the ports added that `workspace` lacks. `is_free` binds for a moment: quick, and never blocks."""
+        wanted = {'codeServer': 'codeServer'} | ({'ssh': 'ssh'} if workspace.ssh else {})
+        wanted |= {str(port): 'custom' for port in workspace.wanted_ports}
+        result, taken = dict(kept), self._taken_ports() | avoid
+        for key, kind in wanted.items():
+            if key in result:
+                continue
+            first, last = self.ranges[kind]
+            result[key] = next((port for port in range(first, last + 1) if port not in taken and is_free(port)), None)
+            if result[key] is None:
+                raise PortExhausted(f'No free port in {PORT_KINDS[kind]}={first}-{last}: delete a workspace, or widen the range.')
+            taken.add(result[key])
+        return result
+
+    def _touch_file(self):
+        self._version += 1
+        self._changed.set()
+
+    def _flush(self):
+        """Wait until the file holds everything up to now."""
+        target = self._version
+        while self._writer and self._saved < target:
+            self._written.wait()
+
+    def _write_for_ever(self):
+        while True:
+            self._changed.wait()
+            self._write()
+            done, self._written = self._written, gevent.event.Event()
+            done.set()
+
+    def _write(self):
+        self._changed.clear()
+        with self._lock:
+            version = self._version
+            text = json.dumps({'version': 1, 'workspaces': [dataclasses.asdict(item) for item in self._workspaces.values()]})
+        try:
+            # A disk may take its time; in a thread, other greenlets go on meanwhile.
+            gevent.get_hub().threadpool.apply(write_atomically, (self.path, text))
+        except OSError:
+            log.exception('The state file %s could not be written; what changed is known to this process only.', self.path)
+        self._saved = version
+
+
+def write_atomically(path, text):
+    """Replace a file so that a crash leaves the old content or the new, never a part; only its owner can read it."""
+    temporary = path.with_suffix('.new')
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Events
+# ---------------------------------------------------------------------------------------------
+
+RING_SIZE = 1000  # events kept per topic
+QUEUE_SIZE = 1000  # events that wait for one reader
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened. `timestamp` is seconds since the epoch; `session_id` is None outside of agent tasks."""
+
+    type: str
+    workspace_id: str
+    id: str
+    timestamp: float
+    data: dict
+    session_id: str = None
+
+
+class Subscription:
+    """A reader's bounded queue. When it is full the oldest events are lost and counted."""
+
+    def __init__(self, size=QUEUE_SIZE):
+        self._queue = collections.deque(maxlen=size)
+        self._wake = gevent.event.Event()
+        self._lost = 0
+        self.closed = False
+
+    def put(self, event):
+        """Hand over an event; never blocks."""
+        if len(self._queue) == self._queue.maxlen:
+            self._lost += 1
+        self._queue.append(event)
+        self._wake.set()
+
+    def take(self, timeout=None):
+        """Return (how many were lost, the events that wait), at the latest after `timeout` seconds."""
+        self._wake.wait(timeout)
+        self._wake.clear()
+        lost, events = self._lost, list(self._queue)
+        self._lost = 0
+        self._queue.clear()
+        return lost, events
+
+    def close(self):
+        """Let the reader go on to its end."""
+        self.closed = True
+        self._wake.set()
+
+
+class Events:
+    """Topics, each a ring of its last events and a set of subscriptions.
+
+    Everything here is done without a switch between greenlets, so that it needs no lock and a reader can't delay a publisher.
+    """
+
+    def __init__(self):
+        self._rings = {}
+        self._readers = collections.defaultdict(set)
+        self._boot = f'{int(time.time()):x}'
+        self._count = 0
+
+    def publish(self, event_type, workspace_id, data, *, session_id=None):
+        """Publish an event to the topics of its workspace and session, and return it."""
+        self._count += 1
+        event = Event(event_type, workspace_id, f'{self._boot}-{self._count}', time.time(), data, session_id)
+        for topic in (workspace_id, session_id, '*' if event_type == 'status' else None):
+            if topic is not None:
+                self._ring(topic).append(event)
+                for reader in self._readers.get(topic, ()):
+                    reader.put(event)
+        return event
+
+    def recent(self, topic):
+        """Return the events that the ring of a topic holds, oldest first."""
+        return list(self._rings.get(topic, ()))
+
+    @contextlib.contextmanager
+    def subscribed(self, topic, size=QUEUE_SIZE):
+        """Give a Subscription to a topic for the length of a block."""
+        reader = Subscription(size)
+        self._readers[topic].add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers[topic].discard(reader)
+            if not self._readers[topic]:
+                del self._readers[topic]
+
+    def forget(self, topic):
+        """Drop the ring of a topic that is no more."""
+        self._rings.pop(topic, None)
+
+    def _ring(self, topic):
+        return self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE))
+
+
+# ---------------------------------------------------------------------------------------------
+# Engine
+# ---------------------------------------------------------------------------------------------
+
+PREFIX = 'agentbackend'  # of our labels and images
+CODE_SERVER_PORT, SSH_PORT = 8443, 2222  # inside every workspace
+USER = 'dev'
+# What sshd, sudo and apt need of root; the rest is dropped. No new privileges besides for agent workspaces.
+CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SYS_CHROOT', 'AUDIT_WRITE')
+# The engine's words for a port that is taken, of old and new versions, by a container or by another program.
+PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
+CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
+PULL_PATIENCE = 30  # seconds without a word from the registry: a machine without one may swallow packets
+GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+
+@contextlib.contextmanager
+def translated(doing):
+    """Turn the exceptions of docker-py and below into ours, saying what was being done."""
+    try:
+        yield
+    except docker.errors.APIError as error:
+        text = (error.explanation or str(error)).strip()
+        if PORT_CONFLICT.search(text):
+            port = CONFLICTING_PORT.search(text)
+            raise PortTaken(f'{doing}: {text}', port=int(port[1]) if port else None) from error
+        kind = {404: MissingOnEngine, 409: ConflictOnEngine}.get(error.status_code, DockerError)
+        raise kind(f'{doing}: {text}') from error
+    except (docker.errors.DockerException, *GONE_ERRORS) as error:
+        raise EngineUnavailable(f'{doing}: the Docker engine does not answer ({short_reason(error)}). '
+                                'Start it, or point DOCKER_HOST at one that runs.') from error
+
+
+def short_reason(error):
+    """Return the innermost reason of a chain of connection errors: the outer ones only wrap it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an inspect says of a workspace's container."""
+
+    id: str
+    name: str
+    labels: dict
+    state: str  # created, running, paused, restarting, removing, exited, dead
+    exit_code: int
+    out_of_memory: bool
+    tty: bool
+    started: bool
+    created_at: float
+    memory: int
+    cpus: float
+
+    @property
+    def up(self):
+        return self.state in ('running', 'paused', 'restarting')
+
+
+class Engine:
+    """The Docker engine. Every method may raise DockerError, and EngineUnavailable when nothing answers."""
+
+    def __init__(self, *, host='', tls_verify='', cert_path='', instance='default'):
+        self._settings = {key: value for key, value in {
+            'DOCKER_HOST': host, 'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}.items() if value}
+        self.instance = instance
+        self._client = None
+        self._starts = gevent.lock.BoundedSemaphore(8)  # more at once only queue up inside the engine
+
+    @property
+    def api(self):
+        """The client, made when it is first needed: docker-py's constructor asks the engine for its version."""
+        if self._client is None:
+            # The pool is a keep limit, not a cap; below it urllib3 warns about every stream that ends.
+            self._client = docker.APIClient(version='auto', timeout=60, max_pool_size=100,
+                                            **docker.utils.kwargs_from_env(environment=self._settings))
+        return self._client
+
+    def close(self):
+        """Close the connections that are kept."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def info(self):
+        """Return {cpus, memory, time} of the engine; `time` is its own clock in seconds since the epoch."""
+        with translated('Ask the engine for its state'), gevent.Timeout(10, EngineUnavailable('The Docker engine does not answer within 10 s.')):
+            info = self.api.info()
+        return {'cpus': info.get('NCPU') or 1, 'memory': info.get('MemTotal') or 0, 'time': parse_time(info.get('SystemTime'))}
+
+    def ping(self):
+        """Raise EngineUnavailable unless the engine answers."""
+        with translated('Reach the engine'), gevent.Timeout(5, EngineUnavailable('The Docker engine does not answer within 5 s.')):
+            self.api.ping()
+
+    # Images
+
+    def has_image(self, tag):
+        """Tell whether an image is on the engine."""
+        with translated(f'Look for image {tag}'):
+            try:
+                self.api.inspect_image(tag)
+            except docker.errors.ImageNotFound:
+                return False
+        return True
+
+    def build(self, tag, context, *, buildargs, labels, on_line):
+        """Build an image from a tar file object; each line of output goes to `on_line`. Raise DockerError with the last ones."""
+        last = collections.deque(maxlen=12)
+        with translated(f'Build image {tag}'):
+            for item in self.api.build(fileobj=context, custom_context=True, tag=tag, buildargs=buildargs, labels=labels,
+                                       rm=True, forcerm=True, decode=True):
+                for line in (item.get('stream') or item.get('error') or '').splitlines():
+                    if line.strip():
+                        last.append(line)
+                        on_line(line)
+                if 'error' in item:
+                    raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last))
+            self.api.inspect_image(tag)
+
+    def pull(self, image, on_line):
+        """Pull an image; give up when the registry says nothing for half a minute."""
+        repository, tag = docker.utils.parse_repository_tag(image)
+        silence = gevent.Timeout(PULL_PATIENCE, DockerError(f'Pull image {image}: the registry does not answer.'))
+        with translated(f'Pull image {image}'), contextlib.closing(silence):
+            silence.start()
+            for item in self.api.pull(repository, tag=tag or 'latest', stream=True, decode=True):
+                silence.close()
+                if 'error' in item:
+                    raise DockerError(f"Pull image {image}: {item['error']}")
+                if 'progress' not in item:
+                    on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
+                silence = gevent.Timeout.start_new(silence.seconds, silence.exception)
+
+    def import_image(self, tag, stream):
+        """Make an image of one layer from a tar stream."""
+        repository, name = docker.utils.parse_repository_tag(tag)
+        with translated(f'Import image {tag}'):
+            answer = self.api.import_image_from_stream(stream, repository=repository, tag=name)
+        if '"error"' in answer:
+            raise DockerError(f'Import image {tag}: {answer.strip()[-300:]}')
+
+    # Volumes and containers
+
+    def taken(self):
+        """Return (names, host ports) of every container on the engine, ours or not, running or not."""
+        with translated('List containers'):
+            found = self.api.containers(all=True)
+        names = {name.lstrip('/') for item in found for name in item.get('Names') or ()}
+        ports = {port['PublicPort'] for item in found for port in item.get('Ports') or () if 'PublicPort' in port}
+        for item in found:
+            # A stopped container publishes nothing, but its ports are wanted back when it starts.
+            with contextlib.suppress(ValueError, AttributeError):
+                ports.update(json.loads((item.get('Labels') or {}).get(f'{PREFIX}.ports', '{}')).values())
+        return names, ports
+
+    def volumes(self):
+        """Return {workspace id: labels} of this instance's volumes."""
+        with translated('List volumes'):
+            found = self.api.volumes(filters={'label': f'{PREFIX}.instance={self.instance}'})['Volumes'] or ()
+        return {item['Labels'][f'{PREFIX}.id']: item['Labels'] for item in found if f'{PREFIX}.id' in (item['Labels'] or {})}
+
+    def containers(self):
+        """Return {workspace id: Container} of this instance."""
+        with translated('List containers'):
+            found = self.api.containers(all=True, filters={'label': f'{PREFIX}.instance={self.instance}'})
+        inspected = [self.inspect(item['Id']) for item in found]  # api.containers tells neither exit code nor out-of-memory
+        return {item.labels[f'{PREFIX}.id']: item for item in inspected if item and f'{PREFIX}.id' in item.labels}
+
+    def find(self, workspace_id):
+        """Return the Container of a workspace, or None."""
+        with translated('List containers'):
+            found = self.api.containers(all=True, filters={'label': [f'{PREFIX}.id={workspace_id}',
+                                                                     f'{PREFIX}.instance={self.instance}']})
+        return self.inspect(found[0]['Id']) if found else None
+
+    def inspect(self, container_id):
+        """Return the Container with this id, or None."""
+        with translated('Inspect a container'):
+            try:
+                found = self.api.inspect_container(container_id)
+            except docker.errors.NotFound:
+                return None
+        state, limits = found['State'], found['HostConfig']
+        return Container(
+            id=found['Id'], name=found['Name'].lstrip('/'), labels=found['Config']['Labels'] or {}, state=state['Status'],
+            exit_code=state.get('ExitCode', 0), out_of_memory=bool(state.get('OOMKilled')), tty=bool(found['Config'].get('Tty')),
+            started=not state.get('StartedAt', '0001').startswith('0001'), created_at=parse_time(found['Created']),
+            memory=limits.get('Memory') or 0, cpus=(limits.get('NanoCpus') or 0) / 1e9)
+
+    def create_volume(self, name, labels):
+        """Make a volume; one of that name may exist already."""
+        with translated(f'Create volume {name}'):
+            self.api.create_volume(name, labels=labels)
+
+    def create_container(self, name, image, *, env, labels, volume, mount, ports, bind_address, memory, cpus, pids, new_privileges):
+        """Create a container and return its id. `ports` is {container port: host port}. It restarts only after `keep_running`."""
+        with translated(f'Create container {name}'), self._starts:
+            host_config = self.api.create_host_config(
+                mounts=[docker.types.Mount(target=mount, source=volume, type='volume')],
+                port_bindings={f'{inside}/tcp': (bind_address, outside) for inside, outside in ports.items()},
+                init=True, mem_limit=memory, nano_cpus=int(cpus * 1e9), pids_limit=pids, cap_drop=['ALL'], cap_add=list(CAPABILITIES),
+                security_opt=[] if new_privileges else ['no-new-privileges'],
+                log_config=docker.types.LogConfig(type='json-file', config={'max-size': '16m', 'max-file': '3'}))
+            return self.api.create_container(image, name=name, hostname=name[:63], environment=env, labels=labels,
+                                             ports=[(inside, 'tcp') for inside in ports], host_config=host_config)['Id']
+
+    def put_files(self, container_id, files):
+        """Write {absolute path: (bytes, mode)} as root into a container, started or not."""
+        archive = make_tar({path.lstrip('/'): content for path, content in files.items()})
+        with translated('Write files into a container'):
+            self.api.put_archive(container_id, '/', archive.getvalue())
+
+    def get_file(self, container_id, path):
+        """Return the bytes of a small file in a container, started or not; None when there is none."""
+        with translated(f'Read {path} of a container'):
+            try:
+                chunks, _ = self.api.get_archive(container_id, path)
+                with tarfile.open(fileobj=io.BytesIO(b''.join(chunks))) as archive:
+                    member = archive.next()
+                    return archive.extractfile(member).read() if member and member.isfile() else None
+            except docker.errors.NotFound:
+                return None
+
+    def start(self, container_id):
+        """Start a container; one that runs is left alone. Raise PortTaken when a port of it is in use."""
+        with translated('Start a container'), self._starts:
+            self.api.start(container_id)
+
+    def keep_running(self, container_id):
+        """Let the engine start a container again after a crash or a reboot, unless it was stopped on purpose."""
+        with translated('Set the restart policy of a container'):
+            self.api.update_container(container_id, restart_policy={'Name': 'unless-stopped'})
+
+    def stop(self, container_id, timeout):
+        """Stop a container; one that is stopped or gone is left alone."""
+        with translated('Stop a container'), contextlib.suppress(docker.errors.NotFound):
+            self.api.stop(container_id, timeout=timeout)
+
+    def remove_container(self, container_id):
+        """Remove a container, running or not; one that is gone is fine."""
+        with translated('Remove a container'), contextlib.suppress(docker.errors.NotFound):
+            self._until_gone(self.api.remove_container, self.api.inspect_container, container_id, force=True, v=True)
+
+    def rename(self, container_id, name):
+        """Rename a container; raise ConflictOnEngine when another has the name."""
+        with translated(f'Rename a container to {name}'):
+            self.api.rename(container_id, name)
+
+    def remove(self, workspace_id):
+        """Remove every container and volume of a workspace, running or not; what is gone already is fine."""
+        filters = {'label': [f'{PREFIX}.id={workspace_id}', f'{PREFIX}.instance={self.instance}']}
+        with translated('Remove a workspace'):
+            for item in self.api.containers(all=True, filters=filters):
+                self._until_gone(self.api.remove_container, self.api.inspect_container, item['Id'], force=True, v=True)
+            for item in self.api.volumes(filters=filters)['Volumes'] or ():
+                self._until_gone(self.api.remove_volume, self.api.inspect_volume, item['Name'], force=True)
+
+    @staticmethod
+    def _until_gone(remove, inspect, name, **options):
+        """Remove and wait for it: the engine answers 409 while another call removes the same, or a container lets go of a volume."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                remove(name, **options)
+                inspect(name)
+            except docker.errors.NotFound:
+                return
+            except docker.errors.APIError as error:
+                if error.status_code != 409 or time.monotonic() > deadline:
+                    raise
+            gevent.sleep(0.1)
+
+    # What goes on in a container
+
+    def output(self, container_id, lines):
+        """Return the last lines that a container printed, as text."""
+        with translated('Read the output of a container'):
+            return self.api.logs(container_id, tail=lines).decode('utf-8', 'replace')
+
+    def run(self, container_id, command):
+        """Run a short command in a container; return (exit code, what it printed)."""
+        with translated('Run a command in a container'):
+            running = self.api.exec_create(container_id, command, stderr=False)
+            printed = self.api.exec_start(running['Id'])
+            return self.api.exec_inspect(running['Id'])['ExitCode'], printed
+
+    def usage(self, container_id):
+        """Yield {cpuPercent, memoryUsage, memoryLimit} once a second until the container ends; CPU in percent of one core."""
+        with translated('Measure a container'):
+            for sample in self.api.stats(container_id, decode=True, stream=True):
+                usage = measure(sample)
+                if usage:
+                    yield usage
+
+    def own_env(self, container):
+        """Return the environment that a container was given, beside that of its image."""
+        with translated('Inspect a container'):
+            found = self.api.inspect_container(container.id)
+            inherited = set(self.api.inspect_image(found['Image'])['Config'].get('Env') or ())
+        return dict(item.partition('=')[::2] for item in found['Config'].get('Env') or () if item not in inherited)
+
+    def changes(self, since):
+        """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's clock)."""
+        with translated('Follow the events of the engine'):
+            stream = self.api.events(since=int(since), decode=True,
+                                     filters={'type': 'container', 'label': f'{PREFIX}.instance={self.instance}'})
+            with contextlib.closing(stream):
+                for item in stream:
+                    if item.get('Action', '').split(':')[0] in ('start', 'die', 'oom', 'destroy', 'pause', 'unpause', 'rename'):
+                        yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
+
+
+def measure(sample):
+    """Return a stats record of the engine as {cpuPercent, memoryUsage, memoryLimit}, or None for its first, which has no past.
+
+    Memory is counted as `docker stats` does, without the page cache that the kernel can take back at once.
+    """
+    cpu, before = sample.get('cpu_stats') or {}, sample.get('precpu_stats') or {}
+    memory = sample.get('memory_stats') or {}
+    if 'system_cpu_usage' not in cpu or 'system_cpu_usage' not in before or 'usage' not in memory:
+        return None
+    used = cpu['cpu_usage']['total_usage'] - before['cpu_usage']['total_usage']
+    passed = cpu['system_cpu_usage'] - before['system_cpu_usage']
+    cores = cpu.get('online_cpus') or len(cpu['cpu_usage'].get('percpu_usage') or ()) or 1
+    details = memory.get('stats') or {}
+    cache = details.get('inactive_file', details.get('total_inactive_file', 0))
+    return {'cpuPercent': round(max(0.0, used / passed * cores * 100), 2) if passed > 0 else 0.0,
+            'memoryUsage': max(0, memory['usage'] - cache), 'memoryLimit': memory.get('limit', 0)}
+
+
+def parse_time(text):
+    """Return the seconds since the epoch of the engine's RFC 3339 times, whose nanoseconds Python can't read."""
+    match = re.match(r'(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?', text or '')
+    if not match:
+        return time.time()
+    return datetime.fromisoformat(match[1] + (match[3] or 'Z').replace('Z', '+00:00')).timestamp() + float(match[2] or 0)
+
+
+def make_tar(files):
+    """Return a tar file object of {relative path: (bytes, mode)}, the same bytes for the same files."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode='w') as archive:
+        for path, (content, mode) in sorted(files.items()):
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(content), mode
+            archive.addfile(entry, io.BytesIO(content))
+    target.seek(0)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------
+# Templates
+# ---------------------------------------------------------------------------------------------
+
+BASE = 'base'
+OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'
+DEBIAN_RELEASE = 'bookworm'
+
+
+class Build:
+    """An image that is being made, and who listens to its output."""
+
+    def __init__(self, greenlet):
+        self.greenlet = greenlet
+        self.listeners = []
+        self.started_at = time.time()
+
+    def say(self, line):
+        for listener in list(self.listeners):
+            listener(line)
+
+
+class Templates:
+    """Folders with a Dockerfile. An image's tag holds a hash of what it is made of, so an edit rebuilds and nothing else does."""
+
+    def __init__(self, engine, folders, *, base_image, debian_mirror, ca_certs, timeout):
+        self._engine = engine
+        self._folders = [Path(folder) for folder in folders]  # later ones win
+        self._base_image = base_image
+        self._debian_mirror = debian_mirror
+        self._ca_certs = ca_certs
+        self._timeout = timeout
+        self._builds = {}
+        self._errors = {}
+        self._ready = {}  # name -> the tag that was last seen on the engine
+
+    def names(self):
+        """Return the names that a workspace can ask for."""
+        return sorted({path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')} - {BASE})
+
+    def describe(self, name):
+        """Return the comment at the head of a template's Dockerfile."""
+        lines = (self._folder(name) / 'Dockerfile').read_text().splitlines()
+        head = []
+        for line in lines:
+            if not line.startswith('#'):
+                break
+            head.append(line.lstrip('# ').strip())
+        return ' '.join(head)
+
+    def state(self, name):
+        """Return {image, state, error, buildingSince}: state is ready, building, failed or missing, as last seen."""
+        tag, build = self.tag(name), self._builds.get(name)
+        state = 'building' if build else 'failed' if name in self._errors else 'ready' if self._ready.get(name) == tag else 'missing'
+        return {'image': tag, 'state': state, 'error': self._errors.get(name), 'building_since': build.started_at if build else None}
+
+    def tag(self, name):
+        """Return the name of the image that a template's folder, as it is now, makes."""
+        content = hashlib.sha256()
+        for path, (data, _) in sorted(self._context(name).items()):
+            content.update(f'{path}\0{len(data)}\0'.encode() + data)
+        content.update((self.tag(BASE) if name != BASE and self._stands_on_base(name) else self._base_image).encode())
+        return f'{PREFIX}/{name.lower()}:{content.hexdigest()[:12]}'
+
+    def look(self):
+        """See which images the engine has."""
+        for name in [BASE, *self.names()]:
+            tag = self.tag(name)
+            if self._engine.has_image(tag):
+                self._ready[name] = tag
+            else:
+                self._ready.pop(name, None)
+
+    def image(self, name, on_line, given_up):
+        """Return the tag of a template's image, built if need be. Everybody who asks meanwhile shares one build.
+
+        `on_line` gets its output; when the event `given_up` is set, the caller leaves with Superseded and the build goes on.
+        """
+        build = self._builds.get(name)
+        if build is None:
+            tag = self.tag(name)
+            if self._engine.has_image(tag):
+                self._ready[name] = tag
+                self._errors.pop(name, None)
+                return tag
+            build = self._builds.get(name) or self._start(name, tag)
+        build.listeners.append(on_line)
+        try:
+            gevent.wait([build.greenlet, given_up], count=1)
+        finally:
+            build.listeners.remove(on_line)
+        if not build.greenlet.ready():
+            raise Superseded(name)
+        return build.greenlet.get()
+
+    def stop(self):
+        """End the builds that go on."""
+        gevent.killall([build.greenlet for build in self._builds.values()], block=True, timeout=5)
+
+    def _start(self, name, tag):
+        build = self._builds[name] = Build(None)
+        build.greenlet = gevent.Greenlet(self._make, name, tag, build)
+        build.greenlet.start()
+        return build
+
+    def _make(self, name, tag, build):
+        try:
+            build.say(f'Building image {tag} of template {name}.')
+            log.info('Building image %s of template %s; this can take some minutes.', tag, name)
+            with gevent.Timeout(self._timeout, DockerError(f'The build of image {tag} took more than BUILD_TIMEOUT={self._timeout} s.')):
+                if name == BASE:
+                    below = self._debian(build.say)
+                else:
+                    below = self.image(BASE, build.say, gevent.event.Event()) if self._stands_on_base(name) else ''
+                self._engine.build(tag, make_tar(self._context(name)), buildargs={'BASE_IMAGE': below} if below else {},
+                                   labels={f'{PREFIX}.template': name}, on_line=lambda line: self._said(build, name, line))
+            self._errors.pop(name, None)
+            self._ready[name] = tag
+            log.info('Image %s is ready after %.0f s.', tag, time.time() - build.started_at)
+            return tag
+        except BackendError as error:
+            self._errors[name] = str(error)
+            log.error('No image for template %s: %s', name, error)
+            raise
+        finally:
+            del self._builds[name]
+
+    @staticmethod
+    def _said(build, name, line):
+        log.log(logging.INFO if line.startswith('Step ') else logging.DEBUG, 'build %s: %s', name, line)
+        build.say(line)
+
+    def _folder(self, name):
+        for folder in reversed(self._folders):
+            if (folder / name / 'Dockerfile').is_file():
+                return folder / name
+        raise ValidationError(f"template: there is no template {name!r}; known are {', '.join(self.names())}",
+                              details=[{'path': 'template', 'message': f'unknown template {name!r}'}])
+
+    def _context(self, name):
+        folder = self._folder(name)
+        files = {}
+        for path in sorted(folder.rglob('*')):
+            if path.is_file() and not {'.git', '__pycache__'} & set(path.relative_to(folder).parts):
+                files[str(path.relative_to(folder))] = (path.read_bytes(), 0o755)
+        if name == BASE:
+            files['extra-ca-certs.crt'] = (Path(self._ca_certs).read_bytes() if self._ca_certs else b'', 0o644)
+        return files
+
+    def _stands_on_base(self, name):
+        return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text()
+
+    def _debian(self, on_line):
+        """Return the name of a Debian image: the one that was asked for, else one of our own making."""
+        for image in (self._base_image, OWN_BASE_IMAGE):
+            if self._engine.has_image(image):
+                return image
+        try:
+            on_line(f'Pulling {self._base_image}.')
+            self._engine.pull(self._base_image, on_line)
+            return self._base_image
+        except EngineUnavailable:
+            raise
+        except DockerError as error:
+            log.info('%s; making a Debian image with debootstrap instead.', str(error).splitlines()[0][:200])
+            on_line(f'{error}; making a Debian image with debootstrap instead.')
+            self._debootstrap(error, on_line)
+            return OWN_BASE_IMAGE
+
+    def _debootstrap(self, reason, on_line):
+        if os.geteuid() != 0 or not any(os.access(os.path.join(folder, 'debootstrap'), os.X_OK) for folder in ('/usr/sbin', '/usr/bin')):
+            raise DockerError(f'No base image: {self._base_image} is not on the engine and could not be pulled ({reason}), and debootstrap, '
+                              f'which would make one, needs root and the package of that name. Do one of: docker pull {self._base_image}; '
+                              'apt-get install debootstrap and run as root; BASE_IMAGE=<a Debian image that the engine has>.')
+        with tempfile.TemporaryDirectory(prefix='agentbackend-debian-') as folder:
+            root = os.path.join(folder, 'root')
+            # Its own tools are in sbin, which the PATH of a user or a service may lack.
+            command = ['env', 'PATH=/usr/sbin:/usr/bin:/sbin:/bin', 'debootstrap', '--variant=minbase', DEBIAN_RELEASE, root,
+                       *filter(None, [self._debian_mirror])]
+            self._run(command, on_line)
+            with subprocess.Popen(['tar', '-C', root, '-c', '.'], stdout=subprocess.PIPE) as packing:
+                self._engine.import_image(OWN_BASE_IMAGE, packing.stdout)
+
+    @staticmethod
+    def _run(command, on_line):
+        last = ''
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors='replace', start_new_session=True) as running:
+            try:
+                for line in running.stdout:
+                    last = line.strip() or last
+                    on_line(line.rstrip())
+            except BaseException:
+                os.killpg(running.pid, signal.SIGKILL)
+                raise
+        if running.returncode:
+            raise DockerError(f"{' '.join(command)} failed with {running.returncode}: {last}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Workspaces
+# ---------------------------------------------------------------------------------------------
+
+PORT_ATTEMPTS = 5
+EXIT_CLONE_FAILED = 65  # of the entrypoint
+LAST_WORDS = 6  # lines of a container's output that an error quotes
+GRACE = 2  # seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that
+SWEEP_PAUSE = 1  # seconds
+SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint reads
+
+
+def split_credentials(url):
+    """Return (url without secrets, line for git's credential store or '').
+
+    All of the user part of an http URL is taken for a secret, since tokens are given as user names; of an ssh URL only a password.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if '@' not in parts.netloc or not parts.scheme:
+        return url, ''
+    user, _, host = parts.netloc.rpartition('@')
+    if parts.scheme in ('http', 'https'):
+        user = user if ':' in user else f'{user}:'
+        return parts._replace(netloc=host).geturl(), f'{parts.scheme}://{user}@{host}\n'
+    return parts._replace(netloc=f"{user.partition(':')[0]}@{host}").geturl(), ''
+
+
+def is_bindable(address, port):
+    """Tell whether nothing listens on a host port. An address that is not this machine's tells nothing, so it passes."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is no listener
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno not in (98, 13)  # EADDRINUSE, EACCES
+    return True
+
+
+class Workspaces:
+    """The life of workspaces: each verb changes the record at once and goes on in a job, at most one per workspace."""
+
+    def __init__(self, config, state, events, engine, templates):
+        self.config, self.state, self.events, self.engine, self.templates = config, state, events, engine, templates
+        self.connected = False
+        self._jobs = {}  # id -> greenlet of its last job
+        self._given_up = {}  # id -> event that is set when the job at work has lost its purpose
+        self._credentials = {}  # id -> line for git's credential store, only here and only until the container has it
+        self._usage = {}  # id -> its last measurement
+        self._meters = {}  # id -> greenlet
+        self._loops = []
+        self._checks = gevent.pool.Group()
+        self._to_check = set()
+        self._first_try = True
+        self._cpus = None  # how many the engine has
+
+    # Verbs
+
+    def create(self, wish):
+        """Reserve a workspace for a checked body of POST /api/workspaces and begin to make it; return its record."""
+        template = wish.get('template', self.config.default_template)
+        self.templates.tag(template)
+        if 'gitBranch' in wish and 'gitUrl' not in wish:
+            raise ValidationError('gitBranch: it needs a gitUrl', details=[{'path': 'gitBranch', 'message': 'it needs a gitUrl'}])
+        names, ports = self.engine.taken()
+        url, credentials = split_credentials(wish.get('gitUrl', ''))
+        now, kind = time.time(), wish.get('type', PERSISTENT)
+        draft = Workspace(
+            id='', name=wish['name'], folder=wish['name'], type=kind, template=template, created_at=now,
+            wanted_ports=wish.get('ports', []), ssh=wish.get('ssh', True), git_url=url, git_branch=wish.get('gitBranch', ''),
+            has_credentials=bool(credentials), env=wish.get('env', {}), cpus=wish.get('cpus') or 0,
+            memory=wish.get('memory') or self.config.workspace_memory, labels=wish.get('labels', {}),
+            ssh_public_keys=wish.get('sshPublicKeys', []), ttl=wish.get('ttl', self.config.agent_ttl if kind == AGENT else None),
+            ttl_from=now, last_activity_at=now, password=secrets.token_urlsafe(12))
+        workspace = self.state.reserve(draft, taken_names=self._names_of(names), taken_ports=ports, is_free=self._is_free)
+        if credentials:
+            self._credentials[workspace.id] = credentials
+        self._announce(workspace)
+        self._begin(workspace.id, self._bring_up)
+        return workspace
+
+    def start(self, id_or_name):
+        """Start a stopped workspace, or try again one that failed after it had run; one that runs is left alone."""
+        workspace = self.state.get(id_or_name)
+        if workspace.status in (RUNNING, CREATING):
+            return workspace
+        if workspace.status == ERROR and not workspace.born:
+            raise WorkspaceNotRunning(f'Workspace {workspace.name} was never made ({workspace.error}). Delete it and create it again.')
+        self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
+        self.engine.ping()
+        workspace = self._set_status(workspace.id, CREATING, when={STOPPED, ERROR}, error='', last_activity_at=time.time())
+        self._begin(workspace.id, self._bring_up)
+        return workspace
+
+    def stop(self, id_or_name):
+        """Stop a running workspace: a temporary one is deleted by that. One that is stopped is left alone."""
+        workspace = self.state.get(id_or_name)
+        if workspace.status in (STOPPED, STOPPING):
+            return workspace
+        stoppable = {RUNNING, ERROR} if workspace.born else {RUNNING}
+        self._refuse_unless(workspace, stoppable, 'stopped')
+        self.engine.ping()
+        if workspace.type == TEMPORARY:
+            return self.remove(workspace.id)[0]
+        workspace = self._set_status(workspace.id, STOPPING, when=stoppable, last_activity_at=time.time())
+        self._begin(workspace.id, self._bring_down)
+        return workspace
+
+    def restart(self, id_or_name):
+        """Stop a running workspace and start it again, with the same data, ports and container."""
+        workspace = self.state.get(id_or_name)
+        self._refuse_unless(workspace, {RUNNING}, 'restarted')
+        self.engine.ping()
+        workspace = self._set_status(workspace.id, CREATING, when={RUNNING}, error='', last_activity_at=time.time())
+        self._begin(workspace.id, self._bring_down_and_up)
+        return workspace
+
+    def remove(self, id_or_name, *, wait=0):
+        """Delete a workspace with its container and data, whatever it does just now.
+
+        Waits up to `wait` seconds for the end; returns (record, whether it is gone). With the engine away it is deleted later.
+        """
+        workspace = self.state.get(id_or_name)
+        job = self._jobs.get(workspace.id) if workspace.status == DELETING else None
+        if job is None:
+            workspace = self._set_status(workspace.id, DELETING)
+            job = self._begin(workspace.id, self._tear_down)
+        job.join(wait)
+        with contextlib.suppress(WorkspaceNotFound):
+            return self.state.get(workspace.id), False
+        return workspace, True
+
+    def change(self, id_or_name, wish):
+        """Apply a checked body of PATCH /api/workspaces/:id and return the record."""
+        workspace = self.state.get(id_or_name)
+        if 'name' in wish and wish['name'] != workspace.name:
+            self._rename(workspace, wish['name'])
+        changes, now = {'last_activity_at': time.time()}, time.time()
+        if 'ttl' in wish:
+            changes |= {'ttl': wish['ttl'], 'ttl_from': now}
+        if 'labels' in wish:
+            labels = workspace.labels | wish['labels']
+            changes['labels'] = {key: value for key, value in labels.items() if value is not None}
+        try:
+            return self.state.update(workspace.id, **changes)
+        except Superseded:
+            raise WorkspaceNotFound('Workspace not found') from None
+
+    def usage(self, workspace_id):
+        """Return the last measurement of a workspace, {cpuPercent, memoryUsage, memoryLimit}, or None; never waits."""
+        return self._usage.get(workspace_id)
+
+    def touch(self, workspace_id):
+        """Note that a workspace is being used."""
+        with contextlib.suppress(Superseded):
+            self.state.update(workspace_id, flush=False, last_activity_at=time.time())
+
+    # Jobs
+
+    def _begin(self, workspace_id, steps):
+        """Run `steps(id)` after the job that is still at work on the workspace, which is told to give up."""
+        before = self._jobs.get(workspace_id)
+        if workspace_id in self._given_up:
+            self._given_up[workspace_id].set()
+        given_up = self._given_up[workspace_id] = gevent.event.Event()
+        job = self._jobs[workspace_id] = gevent.spawn(self._job, workspace_id, steps, before, given_up)
+        return job
+
+    def _job(self, workspace_id, steps, before, given_up):
+        if before is not None:
+            before.join()
+        try:
+            if not given_up.is_set():
+                steps(workspace_id, given_up)
+        except Superseded:
+            log.debug('A job on %s was overtaken.', workspace_id)
+        except EngineUnavailable as error:
+            # The status stays as it is; once the engine is back, `reconcile` goes on from there.
+            log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
+        except BackendError as error:
+            self._fail(workspace_id, str(error), error.code)
+        except Exception:
+            log.exception('A job on workspace %s failed.', workspace_id)
+            self._fail(workspace_id, 'Internal error; the log of the server has the traceback.', BackendError.code)
+        finally:
+            if self._jobs.get(workspace_id) is gevent.getcurrent():
+                del self._jobs[workspace_id]
+                self._given_up.pop(workspace_id, None)
+
+    def _bring_up(self, workspace_id, given_up):
+        """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try ended."""
+        workspace = self._still(workspace_id, CREATING, given_up)
+        container = self.engine.find(workspace_id)
+        if container is not None and not container.started and not workspace.born:
+            # A crash may have come before its files were in it.
+            self.engine.remove(workspace_id)
+            container = None
+        if container is None:
+            image = self.templates.image(workspace.template, lambda line: self._build_output(workspace_id, line), given_up)
+            container_id = self._make_container(self._still(workspace_id, CREATING, given_up), image, given_up)
+        else:
+            container_id = container.id
+            self.engine.start(container_id)
+        self.state.update(workspace_id, when={CREATING}, container_id=container_id)
+        self._wait_until_ready(workspace_id, container_id, given_up)
+        if workspace.type == PERSISTENT:
+            # Only now: until then a crash is an answer, not something to repeat.
+            self.engine.keep_running(container_id)
+        self._credentials.pop(workspace_id, None)
+        self._set_status(workspace_id, RUNNING, when={CREATING}, born=True, has_credentials=False, error='', last_activity_at=time.time())
+        self._meter(workspace_id, container_id)
+
+    def _make_container(self, workspace, image, given_up):
+        """Create the volume and a started container, on other ports if those reserved turn out to be taken."""
+        if workspace.has_credentials and workspace.id not in self._credentials:
+            raise BackendError('The server ended before the clone began, and it does not keep credentials. Delete the workspace and create it again.')
+        self.engine.create_volume(self._engine_name(workspace.id), self._volume_labels(workspace))
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            container_id = self._create_container(workspace, image)
+            self._still(workspace.id, CREATING, given_up)
+            try:
+                self.engine.start(container_id)
+                return container_id
+            except PortTaken as error:
+                log.info('Workspace %s: %s', workspace.id, error)
+                self.engine.remove_container(container_id)
+                if attempt == PORT_ATTEMPTS:
+                    raise
+                avoid = {error.port} if error.port else set(workspace.ports.values())
+                workspace = self.state.claim_ports(workspace.id, avoid=avoid, is_free=self._is_free)
+
+    def _create_container(self, workspace, image):
+        inside = {'codeServer': CODE_SERVER_PORT, 'ssh': SSH_PORT}
+        container_id = self.engine.create_container(
+            self._engine_name(workspace.name), image, env=self._environment(workspace),
+            labels=self._volume_labels(workspace) | {f'{PREFIX}.ports': json.dumps(workspace.ports)},
+            volume=self._engine_name(workspace.id), mount=self.config.workspace_base_path,
+            ports={inside.get(key) or int(key): port for key, port in workspace.ports.items()},
+            bind_address=self.config.workspace_bind_address, memory=workspace.memory, cpus=workspace.cpus or self._default_cpus(),
+            pids=self.config.workspace_pids, new_privileges=workspace.type != AGENT)
+        keys = [key.strip() for key in self._shared_keys() + workspace.ssh_public_keys if key.strip()]
+        files = {'password': (f'{workspace.password}\n'.encode(), 0o600),
+                 'authorized_keys': (''.join(f'{key}\n' for key in keys).encode(), 0o644)}
+        if workspace.id in self._credentials:
+            files['git-credentials'] = (self._credentials[workspace.id].encode(), 0o600)
+        self.engine.put_files(container_id, {f'{SETTINGS_FOLDER}/{name}': content for name, content in files.items()})
+        return container_id
+
+    def _wait_until_ready(self, workspace_id, container_id, given_up):
+        """Wait until what the user will use answers; raise DockerError when the container ends first, or never answers."""
+        deadline = time.monotonic() + self.config.ready_timeout
+        while True:
+            workspace = self._still(workspace_id, CREATING, given_up)
+            container = self.engine.inspect(container_id)
+            if container is None:
+                raise DockerError('The container was removed by someone else while it started.')
+            if container.state not in ('running', 'paused'):
+                raise DockerError(self._why_it_ended(container))
+            if self._health(workspace, container_id) is not None and self._ssh_answers(workspace, container_id):
+                return
+            if time.monotonic() > deadline:
+                raise DockerError(f'The workspace did not answer within READY_TIMEOUT={self.config.ready_timeout} s. It printed last: '
+                                  + self._last_words(container))
+            given_up.wait(0.1)
+
+    def _bring_down(self, workspace_id, given_up):
+        """Stop the container and keep everything."""
+        self._still(workspace_id, STOPPING, given_up)
+        container = self.engine.find(workspace_id)
+        if container is not None:
+            self.engine.stop(container.id, self.config.stop_timeout)
+        self._no_meter(workspace_id)
+        self._set_status(workspace_id, STOPPED, when={STOPPING}, error='')
+
+    def _bring_down_and_up(self, workspace_id, given_up):
+        self._still(workspace_id, CREATING, given_up)
+        container = self.engine.find(workspace_id)
+        if container is not None:
+            self.engine.stop(container.id, self.config.stop_timeout)
+        self._bring_up(workspace_id, given_up)
+
+    def _tear_down(self, workspace_id, given_up):
+        """Remove everything of a workspace from the engine, and then its record: so a crash in between loses no trace of it."""
+        self._still(workspace_id, DELETING, given_up)
+        self._no_meter(workspace_id)
+        self.engine.remove(workspace_id)
+        self._forget(workspace_id)
+
+    def _forget(self, workspace_id):
+        self._credentials.pop(workspace_id, None)
+        self.state.remove(workspace_id)
+        self.events.publish('status', workspace_id, {'status': DELETING, 'deleted': True})
+        self.events.forget(workspace_id)
+
+    def _fail(self, workspace_id, text, code):
+        """Leave `error` with the reason. What never ran is removed and its ports given back; what did keeps its data."""
+        try:
+            workspace = self.state.get(workspace_id)
+        except WorkspaceNotFound:
+            return
+        log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text)
+        if workspace.status == CREATING and not workspace.born:
+            with contextlib.suppress(DockerError):  # if it stays, `reconcile` removes it
+                self.engine.remove(workspace_id)
+            self._credentials.pop(workspace_id, None)
+            self._set_status(workspace_id, ERROR, when={CREATING}, error=text, ports={}, container_id='')
+        else:
+            self._set_status(workspace_id, ERROR, error=text)
+        self.events.publish('error', workspace_id, {'code': code, 'message': text})
+
+    def _still(self, workspace_id, status, given_up):
+        """Return the record if the job still has its purpose; else raise Superseded."""
+        if given_up.is_set():
+            raise Superseded(workspace_id)
+        return self.state.update(workspace_id, when={status}, flush=False)
+
+    def _set_status(self, workspace_id, status, *, when=None, **changes):
+        try:
+            workspace = self.state.update(workspace_id, when=when, status=status, **changes)
+        except Superseded:
+            if when is None:
+                raise WorkspaceNotFound('Workspace not found') from None
+            raise
+        self._announce(workspace)
+        return workspace
+
+    def _announce(self, workspace):
+        log.info('Workspace %s (%s) is %s.', workspace.id, workspace.name, workspace.status)
+        self.events.publish('status', workspace.id, {'status': workspace.status, 'name': workspace.name,
+                                                     **({'error': workspace.error} if workspace.error else {})})
+
+    @staticmethod
+    def _refuse_unless(workspace, statuses, done):
+        if workspace.status not in statuses:
+            raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status} and cannot be {done} now; '
+                                      f"it can be when it is {' or '.join(sorted(statuses))}.")
+
+    def _rename(self, workspace, name):
+        container = self.engine.find(workspace.id)
+        self.state.rename(workspace.id, name, taken_names=self._names_of(self.engine.taken()[0]))
+        try:
+            if container is not None:
+                self.engine.rename(container.id, self._engine_name(name))
+        except ConflictOnEngine as error:
+            self.state.rename(workspace.id, workspace.name)
+            raise WorkspaceAlreadyExists(str(error)) from error
+        except DockerError:
+            self.state.rename(workspace.id, workspace.name)
+            raise
+
+    # What a container is made of
+
+    def _engine_name(self, name):
+        return f'{self.config.instance}-{name}'
+
+    def _names_of(self, engine_names):
+        prefix = self._engine_name('')
+        return {name[len(prefix):] for name in engine_names if name.startswith(prefix)}
+
+    def _is_free(self, port):
+        return is_bindable(self.config.workspace_bind_address, port)
+
+    def _default_cpus(self):
+        if self._cpus is None:
+            self._cpus = self.engine.info()['cpus']
+        return min(self.config.workspace_cpus, self._cpus)
+
+    def _shared_keys(self):
+        path = self.config.ssh_authorized_keys
+        return Path(path).read_text().splitlines() if path else []
+
+    def _environment(self, workspace):
+        base = self.config.workspace_base_path
+        return workspace.env | {
+            'WORKSPACE_ID': workspace.id, 'WORKSPACE_NAME': workspace.folder, 'WORKSPACE_TYPE': workspace.type,
+            'WORKSPACE_BASE_PATH': base, 'PROJECT_DIR': f'{base}/{workspace.folder}', 'GIT_URL': workspace.git_url,
+            'GIT_BRANCH': workspace.git_branch, 'SSH_ENABLED': '1' if workspace.ssh else '0'}
+
+    def _volume_labels(self, workspace):
+        """Return what is known of a workspace when the state file is lost; no environment, no keys, no password."""
+        spec = {'folder': workspace.folder, 'ssh': workspace.ssh, 'ttl': workspace.ttl, 'labels': workspace.labels,
+                'wanted_ports': workspace.wanted_ports}
+        values = {'id': workspace.id, 'instance': self.config.instance, 'name': workspace.name, 'type': workspace.type,
+                  'template': workspace.template, 'createdAt': repr(workspace.created_at), 'ports': json.dumps(workspace.ports),
+                  'gitUrl': workspace.git_url, 'gitBranch': workspace.git_branch, 'spec': json.dumps(spec)}
+        return {f'{PREFIX}.{key}': value for key, value in values.items()}
+
+    def _build_output(self, workspace_id, line):
+        self.events.publish('log', workspace_id, {'stream': 'build', 'message': line})
+
+    # Readiness and health
+
+    def _address(self):
+        """Return where published ports are reached from here."""
+        return {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(self.config.workspace_bind_address, self.config.workspace_bind_address)
+
+    def _health(self, workspace, container_id):
+        """Return the body of code-server's /healthz, or None when it does not answer."""
+        if self.config.workspace_host:
+            code, body = self.engine.run(container_id, ['curl', '-fsS', '-m', '2', f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'])
+            return body if code == 0 else None
+        connection = http.client.HTTPConnection(self._address(), workspace.ports['codeServer'], timeout=2)
+        try:
+            connection.request('GET', '/healthz')
+            answer = connection.getresponse()
+            return answer.read(10_000) if answer.status == 200 else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+    def _ssh_answers(self, workspace, container_id):
+        if not workspace.ssh:
+            return True
+        if self.config.workspace_host:
+            command = f'exec 3<>/dev/tcp/127.0.0.1/{SSH_PORT} && read -t 2 -r -n 4 banner <&3 && [ "$banner" = SSH- ]'
+            return self.engine.run(container_id, ['bash', '-c', command])[0] == 0
+        try:
+            with socket.create_connection((self._address(), workspace.ports['ssh']), timeout=2) as connection:
+                return connection.recv(4) == b'SSH-'
+        except OSError:
+            return False
+
+    def _why_it_ended(self, container):
+        if container.out_of_memory:
+            return f'The container ran out of its {container.memory} bytes of memory. Give it more, or ask less of it.'
+        words = self._last_words(container)
+        if container.exit_code == EXIT_CLONE_FAILED:
+            return f'The clone failed: {words}'
+        return f'The container ended with exit code {container.exit_code}. It printed last: {words}'
+
+    def _last_words(self, container):
+        lines = [line.strip() for line in self.engine.output(container.id, LAST_WORDS).splitlines() if line.strip()]
+        return '\n'.join(lines) or '(nothing)'
+
+    def _meter(self, workspace_id, container_id):
+        """Measure a container from now on: a stream per running one costs the engine about 0.1 % of a core."""
+        self._no_meter(workspace_id)
+        self._meters[workspace_id] = gevent.spawn(self._measure, workspace_id, container_id)
+
+    def _measure(self, workspace_id, container_id):
+        try:
+            for usage in self.engine.usage(container_id):
+                self._usage[workspace_id] = usage
+        except DockerError as error:
+            log.debug('Workspace %s is not measured any more: %s', workspace_id, error)
+        finally:
+            if self._meters.get(workspace_id) is gevent.getcurrent():
+                del self._meters[workspace_id]
+                self._usage.pop(workspace_id, None)
+
+    def _no_meter(self, workspace_id):
+        meter = self._meters.pop(workspace_id, None)
+        if meter is not None:
+            self._usage.pop(workspace_id, None)
+            meter.kill(block=False)
+
+    # Keeping up with the engine and the clock
+
+    def open(self):
+        """Begin to follow the engine and to sweep."""
+        self._loops = [gevent.spawn(self._follow_engine), gevent.spawn(self._sweep_for_ever)]
+
+    def close(self):
+        """End everything that goes on; the next `open` goes on from there."""
+        gevent.killall([*self._loops, *self._jobs.values(), *self._meters.values(), *self._checks], timeout=10)
+        self.templates.stop()
+
+    def _follow_engine(self):
+        while True:
+            try:
+                self._follow_once()
+            except EngineUnavailable as error:
+                log.log(logging.WARNING if self.connected or self._first_try else logging.DEBUG, '%s', error)
+            except Exception:
+                log.exception('Following the engine failed; trying again.')
+            self.connected = self._first_try = False
+            gevent.sleep(1)
+
+    def _follow_once(self):
+        info = self.engine.info()
+        self._cpus = info['cpus']
+        self.connected = True
+        log.info('The Docker engine answers: %d cores, %.1f GB.', info['cpus'], info['memory'] / 1e9)
+        self.templates.look()
+        self.reconcile()
+        for name in self.config.prebuild:
+            self._checks.start(gevent.Greenlet(self._prebuild, name))
+        # From the time before the list on, so that nothing in between is missed; what comes twice does no harm.
+        for workspace_id in self.engine.changes(info['time']):
+            self._look_at(workspace_id)
+
+    def _prebuild(self, name):
+        try:
+            self.templates.image(name, lambda line: None, gevent.event.Event())
+        except BackendError as error:
+            log.error('Template %s was not built: %s', name, error)
+
+    def reconcile(self):
+        """Compare the records with what the engine has: adopt what is unknown, go on with what was left half-done."""
+        containers, volumes = self.engine.containers(), self.engine.volumes()
+        known = {workspace.id for workspace in self.state.all()}
+        for workspace_id in (containers.keys() | volumes.keys()) - known:
+            self._adopt(workspace_id, containers.get(workspace_id), volumes.get(workspace_id))
+        for workspace in self.state.all():
+            if workspace.id not in self._jobs:
+                self._resume(workspace, containers.get(workspace.id), workspace.id in volumes)
+
+    def _adopt(self, workspace_id, container, labels):
+        """Make a record of what the engine's labels tell, when the state file does not know of it."""
+        labels = container.labels if container else labels
+        value = {key.removeprefix(f'{PREFIX}.'): text for key, text in labels.items() if key.startswith(f'{PREFIX}.')}
+        if container is None and value['type'] == TEMPORARY:
+            log.info('Removing the volume of temporary workspace %s, whose container is gone.', workspace_id)
+            self.engine.remove(workspace_id)
+            return
+        spec, now = json.loads(value['spec']), time.time()
+        password = self.engine.get_file(container.id, f'{SETTINGS_FOLDER}/password') if container else None
+        reserved = self._environment(Workspace(id='', name='', folder='', type='', template='', created_at=0))
+        env = {key: text for key, text in (self.engine.own_env(container) if container else {}).items() if key not in reserved}
+        self.state.adopt(Workspace(
+            id=workspace_id, name=container.name.removeprefix(self._engine_name('')) if container else value['name'],
+            type=value['type'], template=value['template'], created_at=float(value['createdAt']), ports=json.loads(value['ports']),
+            git_url=value['gitUrl'], git_branch=value['gitBranch'], env=env, cpus=container.cpus if container else 0,
+            memory=container.memory if container else self.config.workspace_memory,
+            ttl_from=now, last_activity_at=now, password=(password or b'').decode().strip() or secrets.token_urlsafe(12),
+            container_id=container.id if container else '', born=True, status=RUNNING if container else STOPPED, **spec))
+        log.info('Adopted workspace %s (%s) from the engine.', workspace_id, value['name'])
+
+    def _resume(self, workspace, container, has_volume):
+        """Go on with a workspace on which no job is at work."""
+        steps = {CREATING: self._bring_up, STOPPING: self._bring_down, DELETING: self._tear_down}.get(workspace.status)
+        if steps:
+            log.info('Going on with workspace %s, which is %s.', workspace.id, workspace.status)
+            self._begin(workspace.id, steps)
+        elif workspace.status == ERROR and not workspace.born:
+            if container or has_volume:
+                self.engine.remove(workspace.id)
+        else:
+            self._compare(workspace, container, has_volume)
+
+    def _look_at(self, workspace_id):
+        """See to a workspace whose container changed, once the job at work on it is done."""
+        if workspace_id and workspace_id not in self._to_check:
+            self._to_check.add(workspace_id)
+            self._checks.start(gevent.Greenlet(self._check, workspace_id))
+
+    def _check(self, workspace_id):
+        job = self._jobs.get(workspace_id)
+        if job is not None:
+            job.join()
+        self._to_check.discard(workspace_id)
+        with contextlib.suppress(WorkspaceNotFound, EngineUnavailable, Superseded):
+            workspace = self.state.get(workspace_id)
+            container = self.engine.find(workspace_id)
+            if workspace.type == TEMPORARY and not (container and container.up) and workspace.status == RUNNING:
+                gevent.sleep(GRACE)
+                container = self.engine.find(workspace_id)
+            workspace = self.state.get(workspace_id)
+            if workspace_id not in self._jobs and workspace.status in SETTLED:
+                self._compare(workspace, container, container is not None or workspace_id in self.engine.volumes())
+
+    def _compare(self, workspace, container, has_volume):
+        """Bring a settled record in line with the engine."""
+        if container is not None and container.up:
+            if workspace.status == RUNNING:
+                if workspace.container_id != container.id or workspace.id not in self._meters:
+                    self.state.update(workspace.id, flush=False, container_id=container.id)
+                    self._meter(workspace.id, container.id)
+            elif workspace.born:
+                self._set_status(workspace.id, CREATING, when=SETTLED, error='')
+                self._begin(workspace.id, self._bring_up)
+            return
+        if workspace.status == RUNNING and workspace.type == TEMPORARY:
+            self.remove(workspace.id)
+        elif container is None and not has_volume and workspace.born and workspace.status != ERROR:
+            self._gone(workspace, ERROR, 'Its container and its volume were removed by someone else, and its files with them. Delete it.')
+        elif workspace.status == RUNNING and container is None:
+            self._gone(workspace, STOPPED, 'Its container was removed by someone else. Its files are there; start makes a new container.')
+        elif workspace.status == RUNNING:
+            quiet = container.exit_code in (0, 143) and not container.out_of_memory  # 143: somebody's `docker stop`
+            self._gone(workspace, STOPPED, '' if quiet else self._why_it_ended(container))
+
+    def _gone(self, workspace, status, reason):
+        self._no_meter(workspace.id)
+        self._set_status(workspace.id, status, when=SETTLED, error=reason)
+        if reason:
+            self.events.publish('error', workspace.id, {'code': DockerError.code, 'message': reason})
+
+    def _sweep_for_ever(self):
+        while True:
+            gevent.sleep(SWEEP_PAUSE)
+            try:
+                self.sweep(time.time())
+            except Exception:
+                log.exception('A sweep failed; the next one comes.')
+
+    def sweep(self, now):
+        """Do one turn: delete what has expired, and go on with what waited for the engine."""
+        if not self.connected:
+            return
+        for workspace in self.state.all():
+            if workspace.type == AGENT and workspace.status == RUNNING and workspace.expires_at is not None and workspace.expires_at <= now:
+                self._note_editor(workspace)
+        for workspace_id in self.state.expire(now):
+            log.info('Workspace %s has expired.', workspace_id)
+            self._announce(self.state.get(workspace_id))
+            self._begin(workspace_id, self._tear_down)
+        for workspace in self.state.all():
+            if workspace.status not in SETTLED and workspace.id not in self._jobs:
+                self._resume(workspace, None, False)
+
+    def _note_editor(self, workspace):
+        """Count an open editor as activity: code-server notes its heartbeat, in milliseconds since the epoch."""
+        with contextlib.suppress(ValueError, TypeError, KeyError, Superseded, DockerError):
+            beat = json.loads(self._health(workspace, workspace.container_id))['lastHeartbeat'] / 1000
+            if beat > workspace.last_activity_at:
+                self.state.update(workspace.id, flush=False, last_activity_at=beat)
+
+
+# ---------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------
+
+def view_time(seconds):
+    """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+
+def view_workspace(workspace):
+    """Return a workspace as a list shows it."""
+    custom = {key: port for key, port in workspace.ports.items() if key.isdigit()}
+    return {'id': workspace.id, 'name': workspace.name, 'status': workspace.status, 'type': workspace.type,
+            'template': workspace.template, 'codeServerPort': workspace.ports.get('codeServer'), 'sshPort': workspace.ports.get('ssh'),
+            'ports': custom, 'createdAt': view_time(workspace.created_at), 'expiresAt': view_time(workspace.expires_at)}
+
+
+def view_workspace_details(workspace, usage, config):
+    """Return a workspace with everything that is known of it; `usage` is its last measurement or None."""
+    host = config.workspace_host or {'0.0.0.0': 'localhost', '::': 'localhost'}.get(config.workspace_bind_address, config.workspace_bind_address)
+    project = f'{config.workspace_base_path}/{workspace.folder}'
+    editor, ssh = workspace.ports.get('codeServer'), workspace.ports.get('ssh')
+    return view_workspace(workspace) | {
+        'containerId': workspace.container_id[:12] or None,
+        'codeServerUrl': f"http://{f'[{host}]' if ':' in host else host}:{editor}/?folder={project}" if editor else None,
+        'codeServerPassword': workspace.password,
+        'sshCommand': f'ssh -p {ssh} {USER}@{host}' if ssh else None,
+        'gitUrl': workspace.git_url or None, 'gitBranch': workspace.git_branch or None, 'labels': workspace.labels,
+        'error': workspace.error or None, 'ttl': workspace.ttl, 'lastActivityAt': view_time(workspace.last_activity_at),
+        'resources': usage}
+
+
+def view_image(state):
+    """Return the state of a template's image."""
+    shown = {'image': state['image'], 'state': state['state']}
+    if state['error']:
+        shown['error'] = state['error']
+    if state['building_since']:
+        shown['buildingSince'] = view_time(state['building_since'])
+    return shown
+
+
+def view_error(error):
+    """Return the one shape in which every failure is told."""
+    shown = {'success': False, 'error': str(error), 'code': error.code}
+    return shown | ({'details': error.details} if error.details else {})
+
+
+# ---------------------------------------------------------------------------------------------
+# Routes
+# ---------------------------------------------------------------------------------------------
+
+DELETE_PATIENCE = 30  # seconds that DELETE waits for the end before it answers 202
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a handler is given: the parts of the path, the checked query and body, and whether a token was shown if one is needed."""
+
+    path: dict
+    query: dict
+    body: object
+    trusted: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a handler returns. `bare` sends the data without the envelope."""
+
+    data: object
+    status: int = 200
+    headers: dict = field(default_factory=dict)
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Route:
+    """One line of the API. `body` and `query` name schemas; an `open` route needs no token."""
+
+    method: str
+    path: str
+    handler: object
+    body: str = None
+    query: str = 'no-query'
+    open: bool = False
+
+
+def list_workspaces(backend, call):
+    """List workspaces, oldest first."""
+    found = backend.state.all()
+    for key in ('type', 'status'):
+        if key in call.query:
+            found = [item for item in found if getattr(item, key) in call.query[key]]
+    for label in call.query.get('label', ()):
+        name, given, value = label.partition('=')
+        found = [item for item in found if name in item.labels and (not given or item.labels[name] == value)]
+    return Reply([view_workspace(item) for item in found])
+
+
+def create_workspace(backend, call):
+    """Create a workspace. It answers at once with status `creating`; what goes on is told by its events."""
+    workspace = backend.workspaces.create(call.body)
+    return Reply(view_workspace(workspace), 201, {'Location': f'/api/workspaces/{workspace.id}'})
+
+
+def get_workspace(backend, call):
+    """Get a workspace by its id or name."""
+    return show_workspace(backend, backend.state.get(call.path['id']))
+
+
+def update_workspace(backend, call):
+    """Change the name, the ttl or labels of a workspace."""
+    return show_workspace(backend, backend.workspaces.change(call.path['id'], call.body))
+
+
+def delete_workspace(backend, call):
+    """Delete a workspace with its container and all its data."""
+    workspace, gone = backend.workspaces.remove(call.path['id'], wait=DELETE_PATIENCE)
+    return Reply({'id': workspace.id, 'name': workspace.name, 'status': workspace.status, 'deleted': gone}, 200 if gone else 202)
+
+
+def start_workspace(backend, call):
+    """Start a stopped workspace."""
+    return Reply(view_workspace(backend.workspaces.start(call.path['id'])), 202)
+
+
+def stop_workspace(backend, call):
+    """Stop a workspace. A temporary one is deleted by that."""
+    return Reply(view_workspace(backend.workspaces.stop(call.path['id'])), 202)
+
+
+def restart_workspace(backend, call):
+    """Stop a running workspace and start it again."""
+    return Reply(view_workspace(backend.workspaces.restart(call.path['id'])), 202)
+
+
+def list_templates(backend, call):
+    """List the templates that a workspace can be made from."""
+    return Reply([{'name': name, 'description': backend.templates.describe(name), 'default': name == backend.config.default_template}
+                  | view_image(backend.templates.state(name)) for name in backend.templates.names()])
+
+
+def get_health(backend, call):
+    """Tell how the server is. Without the token, when one is set, only the first four fields."""
+    shown = {'status': 'healthy' if backend.workspaces.connected else 'degraded', 'version': VERSION,
+             'uptime': int(time.monotonic() - backend.started_at), 'docker': 'connected' if backend.workspaces.connected else 'disconnected'}
+    if call.trusted:
+        statuses = collections.Counter(item.status for item in backend.state.all())
+        shown['templates'] = {name: view_image(backend.templates.state(name)) for name in [BASE, *backend.templates.names()]}
+        shown['workspaces'] = {'total': sum(statuses.values()), **{status: statuses[status] for status in STATUSES}}
+        shown['ports'] = {kind: {'used': used, 'total': total} for kind, (used, total) in backend.state.ports_in_use().items()}
+    return Reply(shown, bare=True)
+
+
+def show_workspace(backend, workspace):
+    return Reply(view_workspace_details(workspace, backend.workspaces.usage(workspace.id), backend.config))
+
+
+ROUTES = (
+    Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query'),
+    Route('POST', '/api/workspaces', create_workspace, body='workspace-create'),
+    Route('GET', '/api/workspaces/<id>', get_workspace),
+    Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update'),
+    Route('DELETE', '/api/workspaces/<id>', delete_workspace),
+    Route('POST', '/api/workspaces/<id>/start', start_workspace),
+    Route('POST', '/api/workspaces/<id>/stop', stop_workspace),
+    Route('POST', '/api/workspaces/<id>/restart', restart_workspace),
+    Route('GET', '/api/templates', list_templates),
+    Route('GET', '/health', get_health, open=True),
+)
+
+
+class Application(bottle.Bottle):
+    """The routes as a WSGI application whose every answer is JSON."""
+
+    def __init__(self, backend):
+        super().__init__()
+        for route in ROUTES:
+            self.route(route.path, route.method, endpoint(backend, route))
+
+    def default_error_handler(self, error):
+        """Put Bottle's own errors into the contract's shape."""
+        if error.status_code == 404:
+            return self._json(NotFound(f'There is no {bottle.request.path[:200]} here; GET /openapi.json lists what there is.'))
+        if error.status_code == 405:
+            return self._json(MethodNotAllowed(f"{bottle.request.method} is not possible here; {error.headers.get('Allow', 'nothing')} is."))
+        return self._json(internal_error(error.exception) if error.status_code >= 500 else ValidationError(str(error.body)))
+
+    @staticmethod
+    def _json(error):
+        bottle.response.content_type = 'application/json'
+        return encode(view_error(error))
+
+
+def endpoint(backend, route):
+    """Return the function that Bottle calls: it checks what came, calls the handler, and puts what it returns into JSON."""
+    def called(**path):
+        environ = bottle.request.environ
+        try:
+            query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
+            body = read_body(backend.schemas, route.body, environ) if route.body else None
+            reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True)))
+        except BackendError as error:
+            return respond(view_error(error), error.status, error.headers)
+        except Exception as error:
+            error = internal_error(error)
+            return respond(view_error(error), error.status, {})
+        return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
+    return called
+
+
+def respond(value, status, headers):
+    return bottle.HTTPResponse(encode(value), status, {**headers, 'Content-Type': 'application/json', 'Cache-Control': 'no-store'})
+
+
+def encode(value):
+    """Return a value as JSON bytes with a line end, which a shell is grateful for."""
+    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'
+
+
+def internal_error(error):
+    """Log a traceback under a number, and return the error that tells a client that number and nothing else."""
+    number = secrets.token_hex(4)
+    log.error('Internal error %s', number, exc_info=error)
+    return BackendError(f'Internal error {number}; the log of the server has the traceback.')
+
+
+def read_query(schemas, name, text):
+    """Return the query as a checked dict: lists, integers and booleans where the schema has them."""
+    properties = schemas.documents[name]['properties']
+    query = {}
+    for key, values in urllib.parse.parse_qs(text, keep_blank_values=True).items():
+        kind = properties.get(key, {}).get('type')
+        last = values[-1]
+        if kind == 'array':
+            query[key] = values
+        elif kind == 'integer' and re.fullmatch(r'-?\d{1,15}', last):
+            query[key] = int(last)
+        elif kind == 'boolean' and last in ('true', 'false', '1', '0', ''):
+            query[key] = last in ('true', '1', '')
+        else:
+            query[key] = last
+    schemas.check(name, query, where='query')
+    return query
+
+
+def read_body(schemas, name, environ):
+    """Return the JSON body, checked; raise ValidationError, or UnsupportedMediaType when it says that it is something else."""
+    media_type = environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
+    if media_type != 'application/json' and not media_type.endswith('+json'):
+        raise UnsupportedMediaType(f"The body must be JSON and say so: send 'Content-Type: application/json' instead of {media_type[:80]!r}.")
+    value = parse_json(environ['wsgi.input'].read())
+    schemas.check(name, value)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Server
+# ---------------------------------------------------------------------------------------------
+
+IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
+DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
+MAX_CONNECTIONS = 5000
+CORS_METHODS = 'GET, HEAD, POST, PUT, PATCH, DELETE'
+CORS_EXPOSED = 'Location, Allow, WWW-Authenticate, Retry-After'
+
+
+@dataclass
+class Backend:
+    """The parts, put together. `open` begins what goes on in the background, `close` ends it."""
+
+    config: Config
+    schemas: Schemas
+    state: State
+    events: Events
+    engine: Engine
+    templates: Templates
+    workspaces: Workspaces
+    started_at: float = field(default_factory=time.monotonic)
+
+    def open(self):
+        self.state.open()
+        self.workspaces.open()
+        return self
+
+    def close(self):
+        self.workspaces.close()
+        self.state.close()
+        self.engine.close()
+
+
+def make_backend(config):
+    """Put the parts together; nothing goes on until `open` is called."""
+    state = State(Path(config.state_dir) / f'{config.instance}.json',
+                  {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports, 'custom': config.custom_ports})
+    events = Events()
+    engine = Engine(host=config.docker_host, tls_verify=config.docker_tls_verify, cert_path=config.docker_cert_path, instance=config.instance)
+    templates = Templates(engine, [DATA / 'templates', *filter(None, [config.templates_dir])], base_image=config.base_image,
+                          debian_mirror=config.debian_mirror, ca_certs=config.extra_ca_certs, timeout=config.build_timeout)
+    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, Workspaces(config, state, events, engine, templates))
+
+
+def make_app(backend):
+    """Return the WSGI callable, to be served here or mounted in another program."""
+    return Gate(backend.config, Application(backend))
+
+
+class Gate:
+    """What comes before the routes: who may call, from where, and with how large a body."""
+
+    def __init__(self, config, app):
+        self._config = config
+        self._app = app
+        self._hosts = {host.lower() for host in (config.host, *config.allowed_hosts) if host not in ('0.0.0.0', '::')}
+        self._origins = {origin.lower().rstrip('/') for origin in config.allowed_origins}
+        self._open = {(route.method, route.path) for route in ROUTES if route.open}
+
+    def __call__(self, environ, start_response):
+        origin = environ.get('HTTP_ORIGIN')
+
+        def start(status, headers, exc_info=None):
+            return start_response(status, headers + self._cors(origin if allowed else None), exc_info)
+
+        allowed = False
+        try:
+            self.check_host_and_origin(environ)
+            allowed = True
+            if environ['REQUEST_METHOD'] == 'OPTIONS':
+                return self._options(environ, start)
+            environ['agentbackend.trusted'] = self._has_token(environ)
+            if not environ['agentbackend.trusted'] and (environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']) not in self._open:
+                raise Unauthorized("This server needs its API token: send 'Authorization: Bearer <API_TOKEN>'.",
+                                   headers={'WWW-Authenticate': 'Bearer'})
+            self._take_body(environ)
+        except BackendError as error:
+            return self._refuse(environ, start, error)
+        return self._app(environ, start)
+
+    def check_host_and_origin(self, environ):
+        """Raise Forbidden for a Host that is not ours (DNS rebinding) or a web page of an Origin that is not allowed.
+
+        No Origin means that no browser page is behind the call.
+        """
+        host = split_host(environ.get('HTTP_HOST', ''))
+        if not (is_loopback(host) or host in self._hosts):
+            raise Forbidden(f'Host {host[:100]!r} is not allowed here; add it to ALLOWED_HOSTS if it is this server.')
+        origin = environ.get('HTTP_ORIGIN')
+        if origin is not None and not self._is_allowed_origin(origin.lower()):
+            raise Forbidden(f'Origin {origin[:100]!r} is not allowed here; add it to ALLOWED_ORIGINS if you trust its pages.')
+
+    def _is_allowed_origin(self, origin):
+        parts = urllib.parse.urlsplit(origin)
+        return origin in self._origins or (parts.scheme in ('http', 'https') and is_loopback(parts.hostname or '-'))
+
+    def _has_token(self, environ):
+        if not self._config.api_token:
+            return True
+        scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
+        return scheme.lower() == 'bearer' and same_secret(token.strip(), self._config.api_token)
+
+    def _options(self, environ, start):
+        methods = [route.method for route in ROUTES if re.fullmatch(re.sub('<[^>]+>', '[^/]+', route.path), environ['PATH_INFO'])]
+        if not methods:
+            return self._refuse(environ, start, NotFound(f"There is no {environ['PATH_INFO'][:200]} here."))
+        headers = [('Allow', ', '.join(dict.fromkeys([*methods, *(['HEAD'] if 'GET' in methods else []), 'OPTIONS']))), ('Content-Length', '0')]
+        if 'HTTP_ACCESS_CONTROL_REQUEST_METHOD' in environ:
+            headers += [('Access-Control-Allow-Methods', CORS_METHODS), ('Access-Control-Max-Age', '600'),
+                        ('Access-Control-Allow-Headers', 'Authorization, Content-Type, Last-Event-ID')]
+        start('204 No Content', headers[:-1])
+        return []
+
+    @staticmethod
+    def _cors(origin):
+        if origin is None:
+            return [('Vary', 'Origin')]
+        return [('Vary', 'Origin'), ('Access-Control-Allow-Origin', origin), ('Access-Control-Expose-Headers', CORS_EXPOSED)]
+
+    def _take_body(self, environ):
+        """Read the body, chunked or not, within its limits of size and time."""
+        length, chunked = environ.get('CONTENT_LENGTH') or '0', 'HTTP_TRANSFER_ENCODING' in environ
+        limit = self._config.max_body
+        if not chunked and (not length.isdigit() or int(length) > limit):
+            raise self._too_large(limit)
+        body = b''
+        if chunked or int(length):
+            slow = RequestTimeout(f'The body did not come within REQUEST_TIMEOUT={self._config.request_timeout} s.', headers={'Connection': 'close'})
+            with gevent.Timeout(self._config.request_timeout, slow):
+                body = read_up_to(environ['wsgi.input'], limit + 1 if chunked else int(length))
+            if len(body) > limit:
+                raise self._too_large(limit)
+        environ['wsgi.input'] = io.BytesIO(body)
+        environ['CONTENT_LENGTH'] = str(len(body))
+        environ.pop('HTTP_TRANSFER_ENCODING', None)  # Bottle would take the chunks apart a second time
+
+    @staticmethod
+    def _too_large(limit):
+        return PayloadTooLarge(f'The body is larger than MAX_BODY={limit} bytes.', headers={'Connection': 'close'})
+
+    @staticmethod
+    def _refuse(environ, start, error):
+        body = encode(view_error(error))
+        start(f'{error.status} {bottle.HTTP_CODES.get(error.status, "")}',
+              [*error.headers.items(), ('Content-Type', 'application/json'), ('Content-Length', str(len(body)))])
+        return [b'' if environ['REQUEST_METHOD'] == 'HEAD' else body]
+
+
+def split_host(text):
+    """Return the host of a Host header without its port, in small letters."""
+    if text.startswith('['):
+        return text[1:].partition(']')[0].lower()
+    return text.partition(':')[0].lower()
+
+
+def same_secret(given, wanted):
+    """Compare in constant time, whatever the lengths."""
+    return hmac.compare_digest(hashlib.sha256(given.encode('utf-8', 'surrogateescape')).digest(), hashlib.sha256(wanted.encode()).digest())
+
+
+def read_up_to(stream, count):
+    parts = []
+    while count > 0:
+        part = stream.read(min(count, 65536))
+        if not part:
+            break
+        parts.append(part)
+        count -= len(part)
+    return b''.join(parts)
+
+
+class Remainder:
+    """What is left of a request's body after the answer, which pywsgi reads away however long it is."""
+
+    def __init__(self, handler, stream):
+        self._handler = handler
+        self._stream = stream
+
+    def _discard(self):
+        left = (self._handler.content_length or 0) - (self._stream.position or 0)
+        if not self._handler.close_connection and left <= DISCARD_LIMIT:
+            self._stream._discard()
+            return
+        # As much as its sender needs in order to see the answer, and not for long.
+        self._handler.close_connection = True
+        with gevent.Timeout(2, False):
+            read_up_to(self._stream, DISCARD_LIMIT)
+
+
+class Handler(gevent.pywsgi.WSGIHandler):
+    """A connection, with the time limits that pywsgi lacks, and JSON for what pywsgi answers by itself."""
+
+    request_timeout = 10
+
+    def read_requestline(self):
+        """Read the request line; a connection on which none comes is closed."""
+        with gevent.Timeout(IDLE_PATIENCE, False):
+            return super().read_requestline()
+        return ''
+
+    def read_request(self, raw_requestline):
+        """Read the headers, within their time."""
+        with gevent.Timeout(self.request_timeout, ValueError('the headers did not come in time')):
+            return super().read_request(raw_requestline)
+
+    def get_environ(self):
+        """Make the environment, and see to it that a refused body is not read to its end."""
+        environ = super().get_environ()
+        self.wsgi_input = Remainder(self, self.wsgi_input)
+        return environ
+
+    def handle_one_request(self):
+        """Answer one request; pywsgi gives (status, raw answer) for those that it refuses."""
+        result = super().handle_one_request()
+        if not isinstance(result, tuple):
+            return result
+        text = {'414': 'The request line is too long.'}.get(result[0], 'The request is no valid HTTP, or its headers are too many or came too slowly.')
+        body = encode(view_error(ValidationError(text)))
+        reason = {'414': 'URI Too Long'}.get(result[0], 'Bad Request')
+        head = f'HTTP/1.1 {result[0]} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n'
+        return result[0], head.encode() + body
+
+
+class WSGIServer(gevent.pywsgi.WSGIServer):
+    """pywsgi on a socket that sends at once: headers and body are two writes, and the second would wait 40 ms for the first."""
+
+    def init_socket(self):
+        super().init_socket()
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class Server:
+    """The backend behind a port."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        config = backend.config
+        handler = type('Handler', (Handler,), {'request_timeout': config.request_timeout})
+        self._server = WSGIServer((config.host, config.port), make_app(backend), handler_class=handler, spawn=gevent.pool.Pool(MAX_CONNECTIONS),
+                                  log=None, error_log=logging.getLogger('agentbackend.http'))
+        self._stopping = gevent.event.Event()
+        self._lock_file = None
+
+    def open(self):
+        """Take the instance's lock and the port, and begin; raise ConfigError when another has one of them."""
+        self._lock_instance()
+        try:
+            self._server.start()
+        except OSError as error:
+            raise ConfigError(f'PORT={self.backend.config.port}: the server can not listen on HOST={self.backend.config.host}: {error.strerror}.') from error
+        self.backend.open()
+        return self
+
+    @property
+    def port(self):
+        return self._server.server_port
+
+    def wait(self):
+        """Serve until SIGTERM or SIGINT comes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, self._stopping.set)
+        self._stopping.wait()
+
+    def close(self):
+        """Take no more calls, let those that go on end, and put everything away."""
+        self._server.close()
+        self._server.stop(timeout=8)
+        self.backend.close()
+        if self._lock_file:
+            self._lock_file.close()
+
+    def _lock_instance(self):
+        """Two servers of one instance would remove each other's half-made workspaces."""
+        path = Path(self.backend.config.state_dir) / f'{self.backend.config.instance}.lock'
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_file = open(path, 'a')
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f'INSTANCE={self.backend.config.instance!r}: another server of that name runs on this STATE_DIR; '
+                              'stop it, or choose another INSTANCE and PORT.') from error
+        except OSError as error:
+            raise ConfigError(f'STATE_DIR={self.backend.config.state_dir!r} cannot be used: {error.strerror}.') from error
+
+
+def serve(config):
+    """Run a server until it is told to stop."""
+    server = Server(make_backend(config)).open()
+    log.info('Agent Backend %s serves http://%s:%d', VERSION, config.host, server.port)
+    try:
+        server.wait()
+        log.info('Stopping.')
+    finally:
+        server.close()
+
+
+def main():
+    """Run the server as the environment says; end with 2 and one line when it says nonsense."""
+    try:
+        config = Config.from_env(os.environ)
+        logging.basicConfig(level=config.log_level, format='%(asctime)s %(levelname)s %(message)s', stream=sys.stderr)
+        logging.getLogger('urllib3').setLevel(max(logging.INFO, logging.getLogger().level))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream is an open file, and 1024 is a common limit
+        serve(config)
+    except ConfigError as error:
+        print(f'agentbackend: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# The single door:
+#   ./run.sh                     serve, on http://127.0.0.1:3100 unless the settings say otherwise
+#   ./run.sh test [pytest args]  run the tests, on a real Docker engine
+#   ./run.sh lint                look over the code
+set -euo pipefail
+cd "$(dirname "$0")"
+
+say() { echo "run.sh: $*" >&2; }
+
+is_debian_root() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
+apt_updated=
+install_packages() {
+    if [ -z "$apt_updated" ]; then
+        apt-get update -qq >/dev/null
+        apt_updated=yes
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# need PROGRAM=PACKAGE...: install the packages of the programs that are missing.
+need() {
+    local pair missing=()
+    for pair in "$@"; do
+        PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    if is_debian_root; then
+        say "installing ${missing[*]}"
+        install_packages "${missing[@]}"
+    else
+        say "missing here: ${missing[*]}. As root: apt-get install ${missing[*]}"
+        return 1
+    fi
+}
+
+make_venv() {
+    local wanted
+    wanted=$(python3 --version; pwd; sha256sum setup.cfg pyproject.toml)
+    [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted" ] && return
+    say "making .venv"
+    rm -rf .venv
+    if ! python3 -m venv .venv 2>/dev/null; then
+        is_debian_root || { say "python3 lacks venv. As root: apt-get install python3-venv"; exit 1; }
+        install_packages python3-venv
+        python3 -m venv .venv
+    fi
+    .venv/bin/pip install -qq --disable-pip-version-check -e '.[test]'
+    echo "$wanted" >.venv/stamp
+}
+
+engine_answers() {
+    .venv/bin/python - 2>/dev/null <<'PY'
+import os, docker
+host = os.environ.get('DOCKER_HOST', '')
+if host.startswith('/'):
+    os.environ['DOCKER_HOST'] = 'unix://' + host
+docker.from_env(timeout=5).ping()
+PY
+}
+
+has_base_image() {
+    .venv/bin/python - "${BASE_IMAGE:-debian:bookworm-slim}" agentbackend-debian:bookworm 2>/dev/null <<'PY'
+import os, sys, docker
+host = os.environ.get('DOCKER_HOST', '')
+if host.startswith('/'):
+    os.environ['DOCKER_HOST'] = 'unix://' + host
+tags = {tag for image in docker.from_env(timeout=5).images.list() for tag in image.tags}
+sys.exit(not tags & set(sys.argv[1:]))
+PY
+}
+
+start_engine() {
+    if [ -d /run/systemd/system ]; then
+        systemctl start docker
+    elif ! pgrep -x dockerd >/dev/null; then
+        # A daemon that died leaves its number behind, and the next one takes that for a running one.
+        rm -f /var/run/docker.pid /var/run/docker/containerd/containerd.pid
+        PATH="$PATH:/usr/sbin:/sbin" setsid dockerd >/var/log/dockerd.log 2>&1 </dev/null &
+    fi
+    for _ in $(seq 120); do
+        engine_answers && return
+        sleep 0.5
+    done
+    say "the Docker engine did not start; see /var/log/dockerd.log or journalctl -u docker"
+    return 1
+}
+
+see_to_engine() {
+    if engine_answers; then
+        say "the Docker engine answers"
+        return
+    fi
+    if [ -n "${DOCKER_HOST:-}" ]; then
+        say "no Docker engine answers at DOCKER_HOST=$DOCKER_HOST; start it there"
+        return 1
+    fi
+    if ! is_debian_root; then
+        say "no Docker engine answers. As root, on Debian or Ubuntu:"
+        say "    apt-get update && apt-get install -y docker.io debootstrap && systemctl start docker"
+        say "    usermod -aG docker $(id -un)    # then log in again"
+        return 1
+    fi
+    # The engine comes last: as soon as it answers, the server begins to build with what else is there.
+    need debootstrap=debootstrap iptables=iptables pgrep=procps dockerd=docker.io
+    say "starting the Docker engine"
+    start_engine && say "the Docker engine answers"
+}
+
+# The server takes the base image from the engine, pulls it, or makes it with debootstrap; here is seen to it that it can.
+see_to_base_image() {
+    if engine_answers && ! has_base_image && is_debian_root; then
+        need debootstrap=debootstrap || true
+    fi
+}
+
+serve() {
+    make_venv
+    if engine_answers; then
+        say "the Docker engine answers"
+        see_to_base_image
+    else
+        say "no Docker engine answers yet; the server starts, and sees it when it is there"
+        (see_to_engine || true) &
+    fi
+    exec .venv/bin/agentbackend
+}
+
+run_tests() {
+    make_venv
+    see_to_engine
+    see_to_base_image
+    need busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git
+    .venv/bin/python -m pytest "$@"
+}
+
+lint() {
+    make_venv
+    need shellcheck=shellcheck
+    .venv/bin/ruff check .
+    local scripts
+    mapfile -t scripts < <(git ls-files --cached --others --exclude-standard | xargs grep -lE '^#!.*(/| )(ba|da)?sh$' --)
+    shellcheck "${scripts[@]}"
+    say "nothing to complain about"
+}
+
+case "${1:-serve}" in
+    serve) serve ;;
+    test) shift; run_tests "$@" ;;
+    lint) lint ;;
+    *) say "unknown: $1; it takes nothing (serve), test or lint"; exit 2 ;;
+esac

@@ -1,0 +1,200 @@
+from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import docker
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
+# CLONE_FAILS, SLOW, CRASH and PRINT in its environment make it misbehave as the tests need it.
+TINY_DOCKERFILE = """\
+# A static shell that answers as a workspace does.
+FROM scratch
+COPY busybox /bin/busybox
+COPY entry banner /bin/
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+ENTRYPOINT ["/bin/entry"]
+"""
+TINY_ENTRY = """\
+#!/bin/busybox sh
+trap 'exit 0' TERM
+mkdir -p /www "$PROJECT_DIR"
+[ -z "$CLONE_FAILS" ] || { echo "fatal: $CLONE_FAILS" >&2; exit 65; }
+[ -z "$CRASH" ] || { echo "crashing as told" >&2; exit "$CRASH"; }
+[ -z "$SLOW" ] || sleep "$SLOW"
+echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
+httpd -p 8443 -h /www
+nc -ll -p 2222 -e /bin/banner &
+echo "tiny is up"
+[ -z "$PRINT" ] || eval "$PRINT"
+while :; do sleep 1000 & wait $!; done
+"""
+TINY_BANNER = """\
+#!/bin/busybox sh
+echo SSH-2.0-tiny
+"""
+
+
+@pytest.fixture(scope='session')
+def docker_client():
+    """The real engine; tests fail rather than skip without one."""
+    client = docker.from_env(timeout=60)
+    client.ping()
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope='session')
+def templates_dir(tmp_path_factory, docker_client):
+    """A folder with the template `tiny`; its images are removed in the end."""
+    folder = tmp_path_factory.mktemp('templates')
+    tiny = folder / 'tiny'
+    tiny.mkdir()
+    shutil.copy(shutil.which('busybox'), tiny / 'busybox')
+    (tiny / 'Dockerfile').write_text(TINY_DOCKERFILE)
+    (tiny / 'entry').write_text(TINY_ENTRY)
+    (tiny / 'banner').write_text(TINY_BANNER)
+    yield folder
+    for image in docker_client.images.list(filters={'label': 'agentbackend.template=tiny'}):
+        docker_client.images.remove(image.id, force=True)
+
+
+class Served:
+    """A server in a process of its own, under an instance of its own, with its settings, its log and a small client."""
+
+    def __init__(self, folder, templates_dir, **settings):
+        self.folder = folder
+        self.instance = 'test-' + uuid.uuid4().hex[:8]
+        self.log = folder / 'log'
+        self.settings = {'INSTANCE': self.instance, 'STATE_DIR': str(folder / 'state'), 'PORT': '0', 'PREBUILD': 'none',
+                         'TEMPLATES_DIR': str(templates_dir), 'DEFAULT_TEMPLATE': 'tiny', 'LOG_LEVEL': 'debug', **settings}
+        self.headers = {}
+        self.process = None
+        self.port = None
+
+    def start(self, *, connected=True):
+        """Start the server, and wait until it answers and (unless told otherwise) has found its engine."""
+        env = {key: value for key, value in os.environ.items() if key not in ('API_TOKEN', 'HOST')} | self.settings
+        self.log.open('a').close()
+        already = self.log.stat().st_size
+        with self.log.open('a') as log:
+            self.process = subprocess.Popen([sys.executable, str(ROOT / 'agentbackend.py')], env=env, stdout=log, stderr=log,
+                                            stdin=subprocess.DEVNULL, start_new_session=True)
+        self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
+        if connected:
+            self.until(lambda: self.get('/health')['docker'] == 'connected', 30)
+        return self
+
+    def wait_for_log(self, text, already=0, timeout=20):
+        def find():
+            content = self.log.read_text()[already:]
+            return next((line for line in content.splitlines() if text in line), None)
+        return self.until(find, timeout)
+
+    def until(self, condition, timeout=30):
+        """Return what `condition` gives as soon as it is true; fail with the server's log when it never is."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            value = condition()
+            if value:
+                return value
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.03)
+        raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n' + self.log.read_text()[-6000:])
+
+    def call(self, method, path, json=None, **options):
+        """Return the response of the server, whatever its status."""
+        headers = {**self.headers, **options.pop('headers', {})}
+        return requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
+
+    def get(self, path, **options):
+        """Return the JSON of a GET, without its envelope if it has one."""
+        answer = self.call('GET', path, **options).json()
+        return answer['data'] if 'success' in answer and 'data' in answer else answer
+
+    def create(self, name, **fields):
+        """Create a workspace and return its object."""
+        answer = self.call('POST', '/api/workspaces', {'name': name, **fields})
+        assert answer.status_code == 201, answer.text
+        return answer.json()['data']
+
+    def wait_status(self, name, *statuses, timeout=60):
+        """Wait until a workspace has one of the statuses, and return its details."""
+        def look():
+            found = self.get(f'/api/workspaces/{name}')
+            return found if found.get('status') in statuses else None
+        return self.until(look, timeout)
+
+    def running(self, name, **fields):
+        """Create a workspace and wait until it runs."""
+        self.create(name, **fields)
+        return self.wait_status(name, 'running')
+
+    def kill(self):
+        """End the server as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        """End the server as a service manager would; return its exit code."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(30)
+        return self.process.returncode if self.process else None
+
+
+def objects_of(client, instance):
+    """Return the names of every container and volume that bear an instance's label."""
+    filters = {'label': f'agentbackend.instance={instance}'}
+    return ([item['Names'][0] for item in client.api.containers(all=True, filters=filters)]
+            + [item['Name'] for item in client.api.volumes(filters=filters)['Volumes'] or ()])
+
+
+def remove_objects(client, instance):
+    filters = {'label': f'agentbackend.instance={instance}'}
+    for item in client.api.containers(all=True, filters=filters):
+        with contextlib.suppress(docker.errors.NotFound):
+            client.api.remove_container(item['Id'], force=True, v=True)
+    for item in client.api.volumes(filters=filters)['Volumes'] or ():
+        with contextlib.suppress(docker.errors.NotFound):
+            client.api.remove_volume(item['Name'], force=True)
+
+
+@pytest.fixture
+def make_server(tmp_path, templates_dir, docker_client):
+    """A function that starts servers; all that they made is removed in the end, and on a failure their logs are shown."""
+    servers = []
+
+    def make(*, connected=True, **settings):
+        folder = tmp_path / f'server{len(servers)}'
+        folder.mkdir()
+        servers.append(Served(folder, templates_dir, **settings))
+        return servers[-1].start(connected=connected)
+
+    yield make
+    for server in servers:
+        server.stop()
+        print(f'--- log of {server.instance}\n' + server.log.read_text()[-8000:])
+        remove_objects(docker_client, server.instance)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory, templates_dir, docker_client):
+    """One server that the tests of a module share."""
+    served = Served(tmp_path_factory.mktemp('served'), templates_dir).start()
+    yield served
+    served.stop()
+    remove_objects(docker_client, served.instance)
