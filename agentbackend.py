@@ -9,8 +9,10 @@ State       workspaces and ports in one locked dict, mirrored to one file
 Events      what happened, kept in a ring per topic, handed to bounded subscriptions
 Engine      everything that speaks with Docker
 Templates   folders with a Dockerfile, and the images built from them
+Logs        what containers print, followed once for all who read it
 Workspaces  create, start, stop, remove, adopt, sweep
 Views       records as the objects of the API
+Streams     SSE and WebSocket clients
 Routes      the table of routes and their handlers
 Server      the gate before the routes, the WSGI server, the command line
 """
@@ -51,11 +53,24 @@ import gevent
 import gevent.event
 import gevent.lock
 import gevent.pool
-import gevent.pywsgi
 import jsonschema
 import referencing
 import requests.exceptions
 import urllib3.exceptions
+from geventwebsocket.exceptions import WebSocketError
+
+from agentbackend_wire import (
+    GOING_AWAY,
+    POLICY,
+    STREAM_NAMES,
+    Departure,
+    Handler,
+    LogLines,
+    LogPosition,
+    WSGIServer,
+    read_up_to,
+    text_frame,
+)
 
 VERSION = '1.0.0'
 HERE = Path(__file__).resolve().parent
@@ -94,6 +109,8 @@ class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
 class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
 class WorkspaceAlreadyExists(BackendError): status, code = 409, 'WORKSPACE_ALREADY_EXISTS'
 class WorkspaceNotRunning(BackendError): status, code = 409, 'WORKSPACE_NOT_RUNNING'
+class TooMany(BackendError): status, code = 429, 'TOO_MANY'
+class UpgradeRequired(BackendError): status, code = 426, 'VALIDATION_ERROR'
 class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
 class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
 class EngineUnavailable(DockerError): status = 503
@@ -129,8 +146,8 @@ def parse_port(text):
 
 def parse_port_range(text):
     """Return (first, last) of `8443-8550`; one port alone is a range too."""
-    first, _, last = text.partition('-')
-    first, last = int(first), int(last or first)
+    first, dash, last = text.partition('-')
+    first, last = int(first), int(last if dash else first)
     if not 1 <= first <= last <= 65535:
         raise ValueError('a port range is FIRST-LAST with 1 <= FIRST <= LAST <= 65535')
     return first, last
@@ -139,8 +156,8 @@ def parse_port_range(text):
 def parse_size(text):
     """Return the bytes of `4g`, `512m` or `1073741824`."""
     match = re.fullmatch(r'(\d+)\s*([bkmgt]?)b?', text.strip().lower())
-    if not match:
-        raise ValueError('a size is a number of bytes, or one with k, m, g or t behind it')
+    if not match or int(match[1]) == 0:  # to the engine, 0 is no limit at all
+        raise ValueError('a size is a positive number of bytes, or one with k, m, g or t behind it')
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -242,10 +259,11 @@ class Config:
                                   '`NODE_EXTRA_CA_CERTS` or `SSL_CERT_FILE` names.')
     ssh_authorized_keys: str = setting('', str, 'File of public keys that may log in to every workspace.')
     ready_timeout: float = setting('600', parse_seconds, 'Seconds a workspace may take, clone included, until it answers.')
-    stop_timeout: int = setting('10', parse_seconds, 'Seconds between SIGTERM and SIGKILL when a workspace stops.')
+    stop_timeout: int = setting('10', parse_count, 'Seconds between SIGTERM and SIGKILL when a workspace stops.')
     build_timeout: float = setting('3600', parse_seconds, 'Seconds the build of an image may take.')
     max_body: int = setting('1m', parse_size, 'Largest body of a request.')
     request_timeout: float = setting('10', parse_seconds, 'Seconds a client has for the headers of a request, and again for its body.')
+    max_streams: int = setting('4000', parse_count, 'How many SSE and WebSocket streams may be open.')
     state_dir: str = setting('', str, "Folder of the state file. Empty is `agentbackend` in the user's state folder.")
 
     @classmethod
@@ -283,7 +301,7 @@ class Config:
             if ranges[one][0] <= ranges[other][1] and ranges[other][0] <= ranges[one][1]:
                 raise ConfigError(f'{one} and {other} overlap; give each a range of its own.')
         for name in ('extra_ca_certs', 'ssh_authorized_keys'):
-            if getattr(self, name) and not os.access(getattr(self, name), os.R_OK):
+            if getattr(self, name) and not (os.path.isfile(getattr(self, name)) and os.access(getattr(self, name), os.R_OK)):
                 raise ConfigError(f'{name.upper()}={getattr(self, name)!r} is no file that can be read.')
         if self.templates_dir and not os.path.isdir(self.templates_dir):
             raise ConfigError(f'TEMPLATES_DIR={self.templates_dir!r} is no folder.')
@@ -320,11 +338,14 @@ class Schemas:
 
     def check(self, name, value, *, where='body'):
         """Raise ValidationError with every error of `value` as {path, message}, unless it fits schema `name`."""
-        errors = sorted(self._validators[name].iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
-        if not errors:
+        try:
+            errors = sorted(self._validators[name].iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
+            details = [{'path': '.'.join(map(str, error.absolute_path)), 'message': self._sentence(error)}
+                       for error in errors[:MAX_ERRORS]]
+        except RecursionError as error:  # lists are compared, and quoted, part by part
+            raise ValidationError(f'Invalid {where}: it is nested too deeply') from error
+        if not details:
             return
-        details = [{'path': '.'.join(map(str, error.absolute_path)), 'message': self._sentence(error)}
-                   for error in errors[:MAX_ERRORS]]
         first = details[0]
         text = f"{first['path']}: {first['message']}" if first['path'] else first['message']
         raise ValidationError(f'Invalid {where}: {text}', details=details)
@@ -333,8 +354,8 @@ class Schemas:
     def _sentence(error):
         if error.validator == 'additionalProperties' and error.validator_value is False:
             known = error.schema.get('properties', {})
-            unknown = ', '.join(repr(key)[:80] for key in error.instance if key not in known)
-            return f"unknown field {unknown}; known are {', '.join(known) or 'none'}"
+            unknown = [repr(key)[:80] for key in error.instance if key not in known]
+            return f"unknown field {', '.join(unknown[:3])}{' and others' if unknown[3:] else ''}; known are {', '.join(known) or 'none'}"
         if error.validator in ('pattern', 'not', 'maxLength') and 'description' in error.schema:
             value = repr(error.instance)
             return f"{value if len(value) < 80 else value[:77] + '...'} does not fit: {error.schema['description']}"
@@ -345,10 +366,29 @@ def parse_json(data):
     """Return the value of JSON bytes; raise ValidationError for anything that is not strictly JSON."""
     def refuse(word):
         raise ValueError(f'{word} is no JSON value')
+
+    def number(text):
+        value = float(text)
+        return int(value) if value.is_integer() else value  # 80.0 is the integer 80 to JSON Schema, so let it be one to us
     try:
-        return json.loads(data.decode('utf-8'), parse_constant=refuse)
+        value = json.loads(data.decode('utf-8'), parse_constant=refuse, parse_float=number)
+        if b'\\u' in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could never be sent again
+        return value
     except (ValueError, RecursionError) as error:
         raise ValidationError(f'The body is not valid JSON: {error}.') from error
+
+
+def internal_error(error):
+    """Log a traceback under a number, and return the error that tells a client that number and nothing else."""
+    number = secrets.token_hex(4)
+    log.error('Internal error %s', number, exc_info=error)
+    return BackendError(f'Internal error {number}; the log of the server has the traceback.')
+
+
+def same_secret(given, wanted):
+    """Compare in constant time, whatever the lengths."""
+    return hmac.compare_digest(hashlib.sha256(given.encode('utf-8', 'surrogateescape')).digest(), hashlib.sha256(wanted.encode()).digest())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -404,6 +444,11 @@ class Workspace:
             return None
         return (self.last_activity_at if self.type == AGENT else self.ttl_from) + self.ttl
 
+    def copy(self):
+        """Return a copy that shares nothing with this one."""
+        return dataclasses.replace(self, ports=dict(self.ports), wanted_ports=list(self.wanted_ports), env=dict(self.env),
+                                   labels=dict(self.labels), ssh_public_keys=list(self.ssh_public_keys))
+
 
 class State:
     """Workspaces and their ports in one locked dict, mirrored to a JSON file.
@@ -444,23 +489,26 @@ class State:
 
     def close(self):
         """Write what is not yet written, and stop."""
+        while self._writer and self._saved < self._version:
+            self.flush()  # the write at work in its thread must not meet another one
         if self._writer:
             self._writer.kill()
             self._writer = None
             self._write()
+            self._written.set()
 
     def get(self, id_or_name):
         """Return a copy of the workspace with this id or name; raise WorkspaceNotFound."""
         with self._lock:
-            return dataclasses.replace(self._find(id_or_name))
+            return self._find(id_or_name).copy()
 
     def all(self):
         """Return copies of all workspaces, oldest first."""
         with self._lock:
-            found = [dataclasses.replace(item) for item in self._workspaces.values()]
+            found = [item.copy() for item in self._workspaces.values()]
         return sorted(found, key=lambda item: (item.created_at, item.id))
 
-    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True):
+    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True, flush=True):
         """Add a workspace under a new id with ports of its own, and return its copy.
 
         Raises WorkspaceAlreadyExists and PortExhausted; then nothing is kept.
@@ -469,17 +517,18 @@ class State:
             self._refuse_taken(draft.name, taken_names)
             draft.id = self._new_id()
             draft.ports = self._claim(draft, {}, set(taken_ports), is_free)
-            self._workspaces[draft.id] = dataclasses.replace(draft)
+            self._workspaces[draft.id] = draft.copy()
             self._touch_file()
-        self._flush()
+        if flush:
+            self.flush()
         return draft
 
     def adopt(self, workspace):
         """Add a workspace as the engine knows it."""
         with self._lock:
-            self._workspaces[workspace.id] = dataclasses.replace(workspace)
+            self._workspaces[workspace.id] = workspace.copy()
             self._touch_file()
-        self._flush()
+        self.flush()
 
     def update(self, workspace_id, *, when=None, flush=True, **changes):
         """Change fields and return the copy; with `when` (a set of statuses) only from one of those, else raise Superseded."""
@@ -487,12 +536,12 @@ class State:
             found = self._workspaces.get(workspace_id)
             if found is None or (when is not None and found.status not in when):
                 raise Superseded(workspace_id)
-            for name, value in changes.items():
-                setattr(found, name, value)
-            result = dataclasses.replace(found)
-            self._touch_file()
+            result = dataclasses.replace(found, **changes)
+            self._workspaces[workspace_id] = result.copy()
+            if changes:
+                self._touch_file()
         if flush:
-            self._flush()
+            self.flush()
         return result
 
     def rename(self, workspace_id, name, *, taken_names=()):
@@ -503,7 +552,7 @@ class State:
                 self._refuse_taken(name, taken_names)
                 found.name = name
             self._touch_file()
-        self._flush()
+        self.flush()
 
     def claim_ports(self, workspace_id, *, avoid=frozenset(), is_free=lambda port: True):
         """Give the workspace the ports that it lacks, and others for those to `avoid`; return the copy."""
@@ -511,9 +560,9 @@ class State:
             found = self._find(workspace_id)
             kept = {key: port for key, port in found.ports.items() if port not in avoid}
             found.ports = self._claim(found, kept, set(avoid), is_free)
-            result = dataclasses.replace(found)
+            result = found.copy()
             self._touch_file()
-        self._flush()
+        self.flush()
         return result
 
     def expire(self, now):
@@ -531,7 +580,7 @@ class State:
         with self._lock:
             self._workspaces.pop(workspace_id, None)
             self._touch_file()
-        self._flush()
+        self.flush()
 
     def ports_in_use(self):
         """Return how many ports of each kind are taken, and of how many: {kind: (used, total)}."""
@@ -539,6 +588,12 @@ class State:
             ports = self._taken_ports()
         return {kind: (sum(first <= port <= last for port in ports), last - first + 1)
                 for kind, (first, last) in self.ranges.items()}
+
+    def flush(self):
+        """Wait until the file holds everything up to now."""
+        target = self._version
+        while self._writer and self._saved < target:
+            self._written.wait()
 
     def _find(self, id_or_name):
         found = self._workspaces.get(id_or_name)
@@ -579,12 +634,6 @@ class State:
     def _touch_file(self):
         self._version += 1
         self._changed.set()
-
-    def _flush(self):
-        """Wait until the file holds everything up to now."""
-        target = self._version
-        while self._writer and self._saved < target:
-            self._written.wait()
 
     def _write_for_ever(self):
         while True:
@@ -627,11 +676,18 @@ def write_atomically(path, text):
 
 RING_SIZE = 1000  # events kept per topic
 QUEUE_SIZE = 1000  # events that wait for one reader
+QUEUE_BYTES = 4 * 2**20  # and how large they may be together
+EVERYTHING = '*'  # the topic of every workspace's status
+DELETED = {'status': DELETING, 'deleted': True}  # data of a workspace's last event
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Event:
-    """One thing that happened. `timestamp` is seconds since the epoch; `session_id` is None outside of agent tasks."""
+    """One thing that happened. `timestamp` is seconds since the epoch; `session_id` is None outside of agent tasks.
+
+    `id` is a position in its topic: who has seen it has seen everything before it. The last fields keep what it was encoded
+    to, so that it is encoded once for all its readers.
+    """
 
     type: str
     workspace_id: str
@@ -639,30 +695,71 @@ class Event:
     timestamp: float
     data: dict
     session_id: str = None
+    size: int = 200  # bytes, roughly
+    json: bytes = None
+    sse: bytes = None
+    frame: bytes = None
+
+
+class Cursor:
+    """A position in a workspace's topic, as an event's id holds it: what was published, and how far its log was read."""
+
+    def __init__(self, boot, count, position=None):
+        self.boot, self.count, self.position = boot, count, position
+
+    @classmethod
+    def parse(cls, text):
+        """Return the cursor of an event's id; raise ValidationError for anything else."""
+        match = re.fullmatch(r'([0-9a-f]{1,16})\.(\d{1,18})\.([0-9a-f+-]*)', text)
+        with contextlib.suppress(ValueError):
+            if match:
+                return cls(match[1], int(match[2]), LogPosition.parse(match[3]) if match[3] else None)
+        raise ValidationError(f'after: {text[:80]!r} is no id of an event')
+
+    def __str__(self):
+        return f'{self.boot}.{self.count}.{self.position or ""}'
 
 
 class Subscription:
-    """A reader's bounded queue. When it is full the oldest events are lost and counted."""
+    """A reader's bounded queue. When it is full the oldest events are lost and counted.
 
-    def __init__(self, size=QUEUE_SIZE):
-        self._queue = collections.deque(maxlen=size)
+    `on_put`, if given, is called after each event; it must not block.
+    """
+
+    def __init__(self, size=QUEUE_SIZE, on_put=None):
+        self._queue = collections.deque()
+        self._size = size
+        self._bytes = 0
         self._wake = gevent.event.Event()
-        self._lost = 0
+        self._on_put = on_put
+        self.lost = 0
         self.closed = False
+
+    def __len__(self):
+        return len(self._queue)
 
     def put(self, event):
         """Hand over an event; never blocks."""
-        if len(self._queue) == self._queue.maxlen:
-            self._lost += 1
         self._queue.append(event)
+        self._bytes += event.size
+        while len(self._queue) > self._size or (self._bytes > QUEUE_BYTES and len(self._queue) > 1):
+            self._bytes -= self._queue.popleft().size
+            self.lost += 1
         self._wake.set()
+        if self._on_put is not None:
+            self._on_put()
 
     def take(self, timeout=None):
         """Return (how many were lost, the events that wait), at the latest after `timeout` seconds."""
         self._wake.wait(timeout)
-        self._wake.clear()
-        lost, events = self._lost, list(self._queue)
-        self._lost = 0
+        return self.drain()
+
+    def drain(self):
+        """Return the same without waiting, and without a switch to another greenlet."""
+        if not self.closed:
+            self._wake.clear()
+        lost, events = self.lost, list(self._queue)
+        self.lost = self._bytes = 0
         self._queue.clear()
         return lost, events
 
@@ -679,44 +776,83 @@ class Events:
     """
 
     def __init__(self):
-        self._rings = {}
+        self._rings = {}  # topic -> deque of (count, event)
         self._readers = collections.defaultdict(set)
-        self._boot = f'{int(time.time()):x}'
-        self._count = 0
+        self.boot = f'{int(time.time() * 1000):x}'  # ids of another process mean nothing here
+        self.count = 0
+        self.positions = {}  # workspace id -> how far its log has been published, as text
 
-    def publish(self, event_type, workspace_id, data, *, session_id=None):
-        """Publish an event to the topics of its workspace and session, and return it."""
-        self._count += 1
-        event = Event(event_type, workspace_id, f'{self._boot}-{self._count}', time.time(), data, session_id)
-        for topic in (workspace_id, session_id, '*' if event_type == 'status' else None):
-            if topic is not None:
-                self._ring(topic).append(event)
-                for reader in self._readers.get(topic, ()):
-                    reader.put(event)
+    def publish(self, event_type, workspace_id, data, *, session_id=None, session_event_id=None, timestamp=None):
+        """Publish an event to the topics of its workspace and session, and return it. In a session it may have an id of its own."""
+        self.count += 1
+        place = f'{self.boot}.{self.count}.{self.positions.get(workspace_id, "")}'
+        event = Event(event_type, workspace_id, place, timestamp or time.time(), data, session_id)
+        event.size += len(data.get('message') or '') if isinstance(data.get('message'), str) else 0
+        self._deliver(workspace_id, event)
+        if session_id is not None:
+            self._deliver(session_id, dataclasses.replace(event, id=session_event_id or place))
+        if event_type == 'status':
+            self._deliver(EVERYTHING, event)
         return event
+
+    def publish_lines(self, workspace_id, lines, position):
+        """Publish lines of a log, (stream, stamp, text), as far as `position` has not seen them.
+
+        They are kept by the engine, so not in the ring too.
+        """
+        readers = self._readers.get(workspace_id)
+        for event in log_events(workspace_id, lines, self.boot, self.count, position):
+            for reader in readers or ():
+                reader.put(event)
+        self.positions[workspace_id] = str(position)
 
     def recent(self, topic):
         """Return the events that the ring of a topic holds, oldest first."""
-        return list(self._rings.get(topic, ()))
+        return [event for _, event in self._rings.get(topic, ())]
+
+    def missed(self, topic, boot, count):
+        """Return (count, event) of what came after a position; everything that is held, if it is another process's."""
+        return [(number, event) for number, event in self._rings.get(topic, ()) if boot != self.boot or number > count]
+
+    def attach(self, topic, reader):
+        """Let a subscription have what is published to a topic from now on."""
+        self._readers[topic].add(reader)
+
+    def detach(self, topic, reader):
+        """End that; twice is fine."""
+        readers = self._readers.get(topic)
+        if readers is not None:
+            readers.discard(reader)
+            if not readers:
+                del self._readers[topic]
 
     @contextlib.contextmanager
     def subscribed(self, topic, size=QUEUE_SIZE):
         """Give a Subscription to a topic for the length of a block."""
         reader = Subscription(size)
-        self._readers[topic].add(reader)
+        self.attach(topic, reader)
         try:
             yield reader
         finally:
-            self._readers[topic].discard(reader)
-            if not self._readers[topic]:
-                del self._readers[topic]
+            self.detach(topic, reader)
 
     def forget(self, topic):
         """Drop the ring of a topic that is no more."""
         self._rings.pop(topic, None)
+        self.positions.pop(topic, None)
 
-    def _ring(self, topic):
-        return self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE))
+    def _deliver(self, topic, event):
+        self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE)).append((self.count, event))
+        for reader in tuple(self._readers.get(topic, ())):
+            reader.put(event)
+
+
+def log_events(workspace_id, lines, boot, count, position):
+    """Yield an event for each line that `position` has not seen, and move it on."""
+    for stream, stamp, text in lines:
+        if position.advance(stream, stamp):
+            yield Event('log', workspace_id, f'{boot}.{count}.{position}', stamp / 1e9,
+                        {'stream': STREAM_NAMES[stream], 'message': text}, size=200 + len(text))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1001,6 +1137,28 @@ class Engine:
         with translated('Read the output of a container'):
             return self.api.logs(container_id, tail=lines).decode('utf-8', 'replace')
 
+    def log_lines(self, container, *, since=0, tail=None, follow=False):
+        """Yield lists of lines, (stream, stamp in nanoseconds, text), of a container's output.
+
+        From `since` (nanoseconds, inclusive) on, or the last `tail` lines; with `follow` until the container ends.
+        """
+        # docker-py's own logs() takes no nanoseconds, and decodes a TTY byte by byte.
+        params = {'stdout': 1, 'stderr': 1, 'timestamps': 1, 'follow': int(follow), 'tail': 'all' if tail is None else tail}
+        if since:
+            params['since'] = f'{since // 1_000_000_000}.{since % 1_000_000_000:09d}'
+        lines = LogLines(container.tty)
+        with translated('Read the log of a container'):
+            url = self.api._url('/containers/{0}/logs', container.id)
+            with contextlib.closing(self.api._get(url, params=params, stream=True, timeout=None)) as answer:
+                self.api._raise_for_status(answer)
+                for data in answer.raw.stream(65536):
+                    batch = lines.feed(data)
+                    if batch:
+                        yield batch
+        batch = lines.end()
+        if batch:
+            yield batch
+
     def run(self, container_id, command):
         """Run a short command in a container; return (exit code, what it printed)."""
         with translated('Run a command in a container'):
@@ -1272,6 +1430,128 @@ class Templates:
 
 
 # ---------------------------------------------------------------------------------------------
+# Logs
+# ---------------------------------------------------------------------------------------------
+
+LINGER = 10  # seconds a log is followed after its last reader left: a page that is loaded again comes back at once
+MARGIN = 1_000_000_000  # nanoseconds: the engine writes a line of one stream a little after a later one of the other
+READY_PATIENCE = 2  # seconds: the last line may have been rotated away before it was reached
+LOG_POLL = 5  # seconds between looks at a container that does not run, if nobody said that it changed
+
+
+class Pump:
+    """One stream that follows the container of a workspace for all its readers."""
+
+    def __init__(self, workspace_id):
+        self.workspace_id = workspace_id
+        self.position = None  # how far it has published; None until the container was seen
+        self.ready = gevent.event.Event()
+        self.changed = gevent.event.Event()
+        self.readers = 0
+        self.target = None  # the line with which it has come to the end of what there was, as (stream, stamp)
+        self.finished = None  # id of a container that was read to its end
+        self.greenlet = None
+
+
+class Logs:
+    """The logs of containers, as events while somebody reads them. A pump is shared, begins with its first reader and ends after its last."""
+
+    def __init__(self, events, engine):
+        self._events = events
+        self._engine = engine
+        self._pumps = {}
+
+    @contextlib.contextmanager
+    def watched(self, workspace_id):
+        """Keep the pump of a workspace going for the length of a block, and give it."""
+        pump = self._pumps.get(workspace_id)
+        if pump is None:
+            pump = self._pumps[workspace_id] = Pump(workspace_id)
+            pump.greenlet = gevent.spawn(self._run, pump)
+        pump.readers += 1
+        try:
+            yield pump
+        finally:
+            pump.readers -= 1
+            if not pump.readers:
+                gevent.spawn_later(LINGER, self._drop, pump)
+
+    def changed(self, workspace_id):
+        """Note that a container of a workspace has started, ended or come anew."""
+        if workspace_id in self._pumps:
+            self._pumps[workspace_id].finished = None
+            self._pumps[workspace_id].changed.set()
+
+    def read(self, workspace_id, *, position=None, tail=None):
+        """Yield lists of lines that the engine holds now, from a position on or the last `tail`; nothing without a container."""
+        container = self._engine.find(workspace_id)
+        if container is None or tail == 0:
+            return
+        with contextlib.suppress(MissingOnEngine):  # removed meanwhile
+            yield from self._engine.log_lines(container, since=position.since() if position else 0, tail=tail)
+
+    def close(self):
+        """End all pumps."""
+        gevent.killall([pump.greenlet for pump in self._pumps.values()], timeout=5)
+        self._pumps.clear()
+
+    def _drop(self, pump):
+        if not pump.readers and self._pumps.get(pump.workspace_id) is pump:
+            del self._pumps[pump.workspace_id]
+            self._events.positions.pop(pump.workspace_id, None)
+            pump.greenlet.kill(block=False)
+
+    def _run(self, pump):
+        while True:
+            try:
+                self._follow(pump)
+                pump.changed.wait(LOG_POLL)
+            except EngineUnavailable as error:
+                log.debug('The log of %s waits for the engine: %s', pump.workspace_id, error)
+                pump.changed.wait(0.3)
+            except Exception:
+                log.exception('Following the log of %s failed; trying again.', pump.workspace_id)
+                pump.changed.wait(1)
+            pump.changed.clear()
+
+    def _follow(self, pump):
+        """Publish what the container prints until it ends; read again from the last line when only the stream ended."""
+        while True:
+            container = self._engine.find(pump.workspace_id)
+            if pump.position is None:
+                self._begin(pump, container)
+            if container is None or not container.started or pump.finished == container.id:
+                return
+            pump.position = pump.position.copy()
+            with contextlib.suppress(MissingOnEngine):
+                for lines in self._engine.log_lines(container, since=pump.position.since(), follow=True):
+                    self._events.publish_lines(pump.workspace_id, lines, pump.position)
+                    if pump.target is not None and pump.position.covers(*pump.target):
+                        pump.ready.set()
+                    gevent.sleep(0)  # a flood must not keep the others from their turn
+            after = self._engine.inspect(container.id)
+            if after is None or not after.up:
+                pump.finished = container.id
+                return
+            gevent.sleep(0.05)
+
+    def _begin(self, pump, container):
+        """Begin a little before the last line that there is; the pump is ready when it has come to that line.
+
+        Readers attach only then, and take what is older from the engine.
+        """
+        lines = [line for batch in self._engine.log_lines(container, tail=1) for line in batch] if container and container.started else []
+        start = lines[-1][1] - MARGIN if lines else 0
+        pump.position = LogPosition((start, 0), (start, 0))
+        self._events.positions[pump.workspace_id] = str(pump.position)
+        if lines:
+            pump.target = lines[-1][:2]
+            gevent.spawn_later(READY_PATIENCE, pump.ready.set)
+        else:
+            pump.ready.set()
+
+
+# ---------------------------------------------------------------------------------------------
 # Workspaces
 # ---------------------------------------------------------------------------------------------
 
@@ -1313,8 +1593,8 @@ def is_bindable(address, port):
 class Workspaces:
     """The life of workspaces: each verb changes the record at once and goes on in a job, at most one per workspace."""
 
-    def __init__(self, config, state, events, engine, templates):
-        self.config, self.state, self.events, self.engine, self.templates = config, state, events, engine, templates
+    def __init__(self, config, state, events, engine, templates, logs):
+        self.config, self.state, self.events, self.engine, self.templates, self.logs = config, state, events, engine, templates, logs
         self.connected = False
         self._jobs = {}  # id -> greenlet of its last job
         self._given_up = {}  # id -> event that is set when the job at work has lost its purpose
@@ -1345,48 +1625,39 @@ class Workspaces:
             memory=wish.get('memory') or self.config.workspace_memory, labels=wish.get('labels', {}),
             ssh_public_keys=wish.get('sshPublicKeys', []), ttl=wish.get('ttl', self.config.agent_ttl if kind == AGENT else None),
             ttl_from=now, last_activity_at=now, password=secrets.token_urlsafe(12))
-        workspace = self.state.reserve(draft, taken_names=self._names_of(names), taken_ports=ports, is_free=self._is_free)
+        workspace = self.state.reserve(draft, taken_names=self._names_of(names), taken_ports=ports, is_free=self._is_free, flush=False)
         if credentials:
             self._credentials[workspace.id] = credentials
         self._announce(workspace)
         self._begin(workspace.id, self._bring_up)
+        self.state.flush()
         return workspace
 
     def start(self, id_or_name):
         """Start a stopped workspace, or try again one that failed after it had run; one that runs is left alone."""
-        workspace = self.state.get(id_or_name)
+        workspace = self._reachable(id_or_name)
         if workspace.status in (RUNNING, CREATING):
             return workspace
         if workspace.status == ERROR and not workspace.born:
             raise WorkspaceNotRunning(f'Workspace {workspace.name} was never made ({workspace.error}). Delete it and create it again.')
         self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
-        self.engine.ping()
-        workspace = self._set_status(workspace.id, CREATING, when={STOPPED, ERROR}, error='', last_activity_at=time.time())
-        self._begin(workspace.id, self._bring_up)
-        return workspace
+        return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time())
 
     def stop(self, id_or_name):
         """Stop a running workspace: a temporary one is deleted by that. One that is stopped is left alone."""
-        workspace = self.state.get(id_or_name)
+        workspace = self._reachable(id_or_name)
         if workspace.status in (STOPPED, STOPPING):
             return workspace
-        stoppable = {RUNNING, ERROR} if workspace.born else {RUNNING}
-        self._refuse_unless(workspace, stoppable, 'stopped')
-        self.engine.ping()
+        self._refuse_unless(workspace, {RUNNING, ERROR} if workspace.born else {RUNNING}, 'stopped')
         if workspace.type == TEMPORARY:
             return self.remove(workspace.id)[0]
-        workspace = self._set_status(workspace.id, STOPPING, when=stoppable, last_activity_at=time.time())
-        self._begin(workspace.id, self._bring_down)
-        return workspace
+        return self._set_out(workspace.id, STOPPING, self._bring_down, last_activity_at=time.time())
 
     def restart(self, id_or_name):
         """Stop a running workspace and start it again, with the same data, ports and container."""
-        workspace = self.state.get(id_or_name)
+        workspace = self._reachable(id_or_name)
         self._refuse_unless(workspace, {RUNNING}, 'restarted')
-        self.engine.ping()
-        workspace = self._set_status(workspace.id, CREATING, when={RUNNING}, error='', last_activity_at=time.time())
-        self._begin(workspace.id, self._bring_down_and_up)
-        return workspace
+        return self._set_out(workspace.id, CREATING, self._bring_down_and_up, last_activity_at=time.time())
 
     def remove(self, id_or_name, *, wait=0):
         """Delete a workspace with its container and data, whatever it does just now.
@@ -1396,8 +1667,9 @@ class Workspaces:
         workspace = self.state.get(id_or_name)
         job = self._jobs.get(workspace.id) if workspace.status == DELETING else None
         if job is None:
-            workspace = self._set_status(workspace.id, DELETING)
+            workspace = self._set_status(workspace.id, DELETING, flush=False)
             job = self._begin(workspace.id, self._tear_down)
+            self.state.flush()
         job.join(wait)
         with contextlib.suppress(WorkspaceNotFound):
             return self.state.get(workspace.id), False
@@ -1430,6 +1702,19 @@ class Workspaces:
 
     # Jobs
 
+    def _reachable(self, id_or_name):
+        """Return the record once the engine has answered: so no other call comes between looking at it and changing it."""
+        self.state.get(id_or_name)
+        self.engine.ping()
+        return self.state.get(id_or_name)
+
+    def _set_out(self, workspace_id, status, steps, **changes):
+        """Change the status and begin its job with nothing in between: a record without a job passes for one left half-done."""
+        workspace = self._set_status(workspace_id, status, flush=False, error='', **changes)
+        self._begin(workspace_id, steps)
+        self.state.flush()
+        return workspace
+
     def _begin(self, workspace_id, steps):
         """Run `steps(id)` after the job that is still at work on the workspace, which is told to give up."""
         before = self._jobs.get(workspace_id)
@@ -1443,6 +1728,7 @@ class Workspaces:
         if before is not None:
             before.join()
         try:
+            self.state.flush()  # nothing is done that a crash could make forget
             if not given_up.is_set():
                 steps(workspace_id, given_up)
         except Superseded:
@@ -1464,9 +1750,9 @@ class Workspaces:
         """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try ended."""
         workspace = self._still(workspace_id, CREATING, given_up)
         container = self.engine.find(workspace_id)
-        if container is not None and not container.started and not workspace.born:
+        if container is not None and not container.started:
             # A crash may have come before its files were in it.
-            self.engine.remove(workspace_id)
+            self.engine.remove_container(container.id)
             container = None
         if container is None:
             image = self.templates.image(workspace.template, lambda line: self._build_output(workspace_id, line), given_up)
@@ -1562,7 +1848,7 @@ class Workspaces:
     def _forget(self, workspace_id):
         self._credentials.pop(workspace_id, None)
         self.state.remove(workspace_id)
-        self.events.publish('status', workspace_id, {'status': DELETING, 'deleted': True})
+        self.events.publish('status', workspace_id, DELETED)
         self.events.forget(workspace_id)
 
     def _fail(self, workspace_id, text, code):
@@ -1587,9 +1873,9 @@ class Workspaces:
             raise Superseded(workspace_id)
         return self.state.update(workspace_id, when={status}, flush=False)
 
-    def _set_status(self, workspace_id, status, *, when=None, **changes):
+    def _set_status(self, workspace_id, status, *, when=None, flush=True, **changes):
         try:
-            workspace = self.state.update(workspace_id, when=when, status=status, **changes)
+            workspace = self.state.update(workspace_id, when=when, flush=flush, status=status, **changes)
         except Superseded:
             if when is None:
                 raise WorkspaceNotFound('Workspace not found') from None
@@ -1738,6 +2024,7 @@ class Workspaces:
         """End everything that goes on; the next `open` goes on from there."""
         gevent.killall([*self._loops, *self._jobs.values(), *self._meters.values(), *self._checks], timeout=10)
         self.templates.stop()
+        self.logs.close()
 
     def _follow_engine(self):
         while True:
@@ -1771,12 +2058,14 @@ class Workspaces:
 
     def reconcile(self):
         """Compare the records with what the engine has: adopt what is unknown, go on with what was left half-done."""
+        before, busy = {workspace.id for workspace in self.state.all()}, set(self._jobs)
         containers, volumes = self.engine.containers(), self.engine.volumes()
-        known = {workspace.id for workspace in self.state.all()}
+        known = before | {workspace.id for workspace in self.state.all()}
         for workspace_id in (containers.keys() | volumes.keys()) - known:
             self._adopt(workspace_id, containers.get(workspace_id), volumes.get(workspace_id))
         for workspace in self.state.all():
-            if workspace.id not in self._jobs:
+            # Of one that was made or worked on meanwhile the lists tell an old state.
+            if workspace.id not in (known - before) | busy | self._jobs.keys():
                 self._resume(workspace, containers.get(workspace.id), workspace.id in volumes)
 
     def _adopt(self, workspace_id, container, labels):
@@ -1814,6 +2103,7 @@ class Workspaces:
 
     def _look_at(self, workspace_id):
         """See to a workspace whose container changed, once the job at work on it is done."""
+        self.logs.changed(workspace_id)
         if workspace_id and workspace_id not in self._to_check:
             self._to_check.add(workspace_id)
             self._checks.start(gevent.Greenlet(self._check, workspace_id))
@@ -1841,8 +2131,7 @@ class Workspaces:
                     self.state.update(workspace.id, flush=False, container_id=container.id)
                     self._meter(workspace.id, container.id)
             elif workspace.born:
-                self._set_status(workspace.id, CREATING, when=SETTLED, error='')
-                self._begin(workspace.id, self._bring_up)
+                self._set_out(workspace.id, CREATING, self._bring_up)
             return
         if workspace.status == RUNNING and workspace.type == TEMPORARY:
             self.remove(workspace.id)
@@ -1935,10 +2224,392 @@ def view_image(state):
     return shown
 
 
+def view_event(event):
+    """Return an event as JSON bytes, encoded once for all its readers."""
+    if event.json is None:
+        shown = {'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id, 'timestamp': view_time(event.timestamp), 'data': event.data}
+        if event.session_id is not None:
+            shown['sessionId'] = event.session_id
+        event.json = encode(shown)[:-1]
+    return event.json
+
+
+def view_sse(event):
+    """Return an event as SSE text. It has no name: a browser's `onmessage` sees only those without."""
+    if event.sse is None:
+        event.sse = b'id: %s\ndata: %s\n\n' % (event.id.encode(), view_event(event))
+    return event.sse
+
+
+def view_frame(event):
+    """Return an event as a WebSocket frame."""
+    if event.frame is None:
+        event.frame = text_frame(view_event(event))
+    return event.frame
+
+
+def encode(value):
+    """Return a value as JSON bytes with a line end, which a shell is grateful for."""
+    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace') + b'\n'
+
+
 def view_error(error):
     """Return the one shape in which every failure is told."""
     shown = {'success': False, 'error': str(error), 'code': error.code}
     return shown | ({'details': error.details} if error.details else {})
+
+
+# ---------------------------------------------------------------------------------------------
+# Streams
+# ---------------------------------------------------------------------------------------------
+
+HEARTBEAT = 15  # seconds
+RETRY = 2000  # milliseconds after which a browser's EventSource comes back
+PING_PAUSE = 20  # seconds without a word from a WebSocket client until it is asked for a sign of life
+DEFAULT_TAIL = 100  # lines
+MAX_SUBSCRIPTIONS = 100  # of one WebSocket
+CATCH_UP_ROUNDS = 20  # against a container that prints faster than its log is read, there is no end to it
+BATCH = 200  # events
+TICKET_LIFE = 30  # seconds
+SSE_HEADERS = {'Content-Type': 'text/event-stream; charset=utf-8', 'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
+
+
+class Streams:
+    """The streams that are open, so that there are not too many, and they end properly with the server."""
+
+    def __init__(self, limit):
+        self._limit = limit
+        self._open = set()
+        self._tickets = {}  # digest -> when it expires
+        self._pinger = None
+
+    def admit(self):
+        """Raise TooMany when no further stream is taken."""
+        if len(self._open) >= self._limit:
+            raise TooMany(f'MAX_STREAMS={self._limit} streams are open already; close one, or come again later.', headers={'Retry-After': '10'})
+
+    @contextlib.contextmanager
+    def opened(self, stream):
+        """Count a stream, anything with `close()`, for the length of a block."""
+        self._open.add(stream)
+        if self._pinger is None:
+            self._pinger = gevent.spawn(self._ping_for_ever)
+        try:
+            yield stream
+        finally:
+            self._open.discard(stream)
+
+    def close(self):
+        """End all streams."""
+        if self._pinger is not None:
+            self._pinger.kill()
+            self._pinger = None
+        gevent.joinall([gevent.spawn(stream.close) for stream in list(self._open)], timeout=5)
+
+    def issue_ticket(self):
+        """Return a word that opens one stream within seconds: an EventSource can send no header, and URLs end up in logs."""
+        now = time.monotonic()
+        self._tickets = {key: end for key, end in self._tickets.items() if end > now}
+        ticket = secrets.token_urlsafe(24)
+        self._tickets[hashlib.sha256(ticket.encode()).digest()] = now + TICKET_LIFE
+        return ticket
+
+    def redeem_ticket(self, ticket):
+        """Tell whether a ticket is valid, and make it invalid."""
+        return self._tickets.pop(hashlib.sha256(ticket.encode('utf-8', 'replace')).digest(), 0) > time.monotonic()
+
+    def _ping_for_ever(self):
+        while True:
+            gevent.sleep(5)
+            for stream in list(self._open):
+                if isinstance(stream, WebSocketClient):
+                    stream.check()
+
+
+def catch_up(backend, workspace_id, reader, pump, *, cursor=None, tail=DEFAULT_TAIL):
+    """Yield lists of events that bring a reader up to now, and then attach it, so that nothing is lost or repeated in between.
+
+    First comes the current status; then, from a cursor on, all that was missed, or without one the last `tail` lines. An empty list
+    means that there is nothing yet: the engine is away. Old lines come from the engine, which has them all; the pump has the new ones.
+    """
+    events, workspace = backend.events, backend.state.get(workspace_id)
+    count = events.count if cursor is None else cursor.count if cursor.boot == events.boot else 0
+    position = cursor.position.copy() if cursor and cursor.position else None
+    place = lambda: f'{events.boot}.{count}.{position or ""}'  # noqa: E731 - it means what it means where it is called
+    yield [status_event(workspace, place())]
+    if cursor is None and workspace.status in (CREATING, ERROR) and tail:
+        yield [event for event in events.recent(workspace_id) if event.type == 'log'][-tail:]
+    while not pump.ready.wait(1):
+        missed = events.missed(workspace_id, events.boot, count)
+        count = events.count
+        yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None) for _, event in missed]
+    live = Subscription()
+    for _ in range(CATCH_UP_ROUNDS):
+        barrier = pump.position.copy()
+        events.attach(workspace_id, live)
+        try:
+            missed = events.missed(workspace_id, events.boot, count)
+            for number, event in missed:
+                count = number
+                yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None)]
+            for lines in backend.logs.read(workspace_id, position=position, tail=tail if position is None else None):
+                if position is None:
+                    before = min(stamp for _, stamp, _ in lines) - 1
+                    position = LogPosition((before, 0), (before, 0))
+                covered = [line for line in lines if barrier.covers(line[0], line[1])]
+                batch = list(log_events(workspace_id, covered, events.boot, count, position))
+                for start in range(0, len(batch), BATCH):
+                    yield batch[start:start + BATCH]
+        finally:
+            events.detach(workspace_id, live)
+        position = position or barrier
+        lost, waiting = live.drain()
+        if not lost:
+            break
+    reader.lost += lost
+    for event in waiting:
+        reader.put(event)
+    events.attach(workspace_id, reader)
+
+
+def status_event(workspace, place):
+    """Return the event that tells a new reader the status of a workspace."""
+    data = {'status': workspace.status, 'name': workspace.name} | ({'error': workspace.error} if workspace.error else {})
+    return Event('status', workspace.id, place, time.time(), data)
+
+
+def dropped_event(workspace_id, lost, place):
+    """Return the event that tells a slow reader how much it has missed."""
+    return Event('error', workspace_id, place, time.time(),
+                 {'code': 'EVENTS_DROPPED', 'count': lost, 'message': f'{lost} events were dropped, because this reader is slower than they came.'})
+
+
+def workspace_events(backend, workspace_id, *, cursor, tail, departure):
+    """Yield lists of events of a workspace for ever, an empty one as a sign of life; ends with the workspace or the reader.
+
+    `departure(callback)` gives an object that calls back when the client leaves, and that is closed in the end.
+    """
+    reader, place = Subscription(), str(cursor or '')
+    watch = departure(reader.close)
+    try:
+        with backend.streams.opened(reader), backend.logs.watched(workspace_id) as pump:
+            for batch in catch_up(backend, workspace_id, reader, pump, cursor=cursor, tail=tail):
+                if reader.closed:
+                    return
+                place = batch[-1].id if batch else place
+                yield batch
+            while True:
+                lost, batch = reader.take(HEARTBEAT)
+                if lost:
+                    yield [dropped_event(workspace_id, lost, place)]
+                if reader.closed:
+                    return
+                place = batch[-1].id if batch else place
+                yield batch
+                if any(event.data.get('deleted') for event in batch):
+                    return
+    finally:
+        watch.close()
+        backend.events.detach(workspace_id, reader)
+
+
+def session_events(backend, session_id, *, after, departure):
+    """Yield lists of events of a session for ever, an empty one as a sign of life. The session may be yet to come."""
+    reader = Subscription()
+    watch = departure(reader.close)
+    try:
+        with backend.streams.opened(reader), backend.events.subscribed(session_id) as live:
+            reader = live
+            yield [event for event in backend.events.recent(session_id) if after is None or event.id > after]
+            while not reader.closed:
+                yield reader.take(HEARTBEAT)[1]
+    finally:
+        watch.close()
+
+
+def sse_stream(batches):
+    """Yield the text of an SSE stream; a heartbeat when nothing comes for a while, since only a write finds some of the dead."""
+    yield b': events\nretry: %d\n\n' % RETRY
+    written = time.monotonic()
+    for batch in batches:
+        if batch:
+            yield b''.join(map(view_sse, batch))
+            written = time.monotonic()
+        elif time.monotonic() - written >= HEARTBEAT - 1:
+            yield b': still here\n\n'
+            written = time.monotonic()
+
+
+def text_stream(batches):
+    """Yield the lines of a log as plain text."""
+    for batch in batches:
+        text = ''.join(f"{event.data['message']}\n" for event in batch if event.type == 'log')
+        if text:
+            yield text.encode('utf-8', 'replace')
+
+
+class WebSocketClient:
+    """One client of /agent/ws: its greenlet reads, and another one writes as long as there is something to write."""
+
+    def __init__(self, backend, socket, trusted):
+        self._backend = backend
+        self._socket = socket
+        self._trusted = trusted
+        self._outbox = Subscription(on_put=self._wake)
+        self._room = gevent.event.Event()
+        self._feeds = {}  # topic -> (what ends it, greenlet that catches up)
+        self._writer = None
+        self._pinged_at = None
+        self._place = ''
+
+    def run(self):
+        """Serve the client until it leaves."""
+        with self._backend.streams.opened(self):
+            try:
+                while True:
+                    text = self._socket.receive()
+                    if text is None:
+                        break
+                    self._handle(text)
+            finally:
+                for topic in list(self._feeds):
+                    self._unsubscribe(topic)
+                if self._writer is not None:
+                    self._writer.kill(block=False)
+                self._socket.close()
+
+    def close(self):
+        """Tell the client that the server goes away."""
+        self._socket.close(GOING_AWAY, 'the server is stopping')
+
+    def check(self):
+        """Drop a client that has not been heard of for long, and ask one that is silent for a sign of life."""
+        silent = gevent.get_hub().loop.now() - self._socket.last_heard
+        if silent > 3 * PING_PAUSE:
+            self._socket.abort()
+        elif silent > PING_PAUSE and self._writer is None:
+            self._writer = gevent.spawn(self._ping)
+
+    # What the client says
+
+    def _handle(self, text):
+        try:
+            message = parse_json(text.encode() if isinstance(text, str) else bytes(text))
+            self._backend.schemas.check('websocket-message', message, where='message')
+            self._obey(message)
+        except BackendError as error:
+            self._say('error', (message.get('workspaceId') if isinstance(message, dict) else None) if 'message' in locals() else None,
+                      {'code': error.code, 'message': str(error)} | ({'details': error.details} if error.details else {}))
+            if isinstance(error, Unauthorized):
+                self._flush()
+                self._socket.close(POLICY, 'unauthorized')
+        except Exception as error:
+            self._say('error', None, {'code': BackendError.code, 'message': str(internal_error(error))})
+
+    def _obey(self, message):
+        kind = message['type']
+        if kind == 'auth':
+            self._trusted = self._trusted or same_secret(message['token'], self._backend.config.api_token)
+        if not self._trusted:
+            raise Unauthorized('This server needs its API token: send {"type": "auth", "token": "<API_TOKEN>"} first.')
+        if kind == 'ping':
+            self._say('pong', None, {})
+        elif kind == 'subscribe':
+            self._subscribe(message)
+        elif kind == 'unsubscribe':
+            self._unsubscribe(self._topic(message['workspaceId']))
+
+    def _topic(self, name):
+        return EVERYTHING if name == EVERYTHING else self._backend.state.get(name).id
+
+    def _subscribe(self, message):
+        cursor = Cursor.parse(message['after']) if 'after' in message else None
+        topic = self._topic(message['workspaceId'])
+        self._unsubscribe(topic)
+        if len(self._feeds) >= MAX_SUBSCRIPTIONS:
+            raise TooMany(f'This connection has {MAX_SUBSCRIPTIONS} subscriptions already; unsubscribe from one, or open another.')
+        ending = contextlib.ExitStack()
+        ending.callback(self._backend.events.detach, topic, self._outbox)
+        if topic == EVERYTHING:
+            greenlet = gevent.spawn(self._feed_everything, cursor)
+        else:
+            pump = ending.enter_context(self._backend.logs.watched(topic))
+            greenlet = gevent.spawn(self._feed, topic, pump, cursor, message.get('tail', DEFAULT_TAIL))
+        self._feeds[topic] = ending, greenlet
+
+    def _unsubscribe(self, topic):
+        ending, greenlet = self._feeds.pop(topic, (None, None))
+        if ending is not None:
+            greenlet.kill()
+            ending.close()
+
+    def _feed(self, workspace_id, pump, cursor, tail):
+        try:
+            for batch in catch_up(self._backend, workspace_id, self._outbox, pump, cursor=cursor, tail=tail):
+                self._offer(batch)
+        except BackendError as error:
+            self._say('error', workspace_id, {'code': error.code, 'message': str(error)})
+
+    def _feed_everything(self, cursor):
+        events = self._backend.events
+        events.attach(EVERYTHING, self._outbox)
+        place = f'{events.boot}.{events.count}.'
+        for workspace in self._backend.state.all():
+            self._offer([status_event(workspace, place)])
+        del cursor  # the status of each is told at once; what it was before is of no use
+
+    def _offer(self, batch):
+        """Put old events into the outbox when there is room: unlike the live ones, they can wait."""
+        while len(self._outbox) > QUEUE_SIZE // 2:
+            self._room.clear()
+            self._room.wait(1)
+        for event in batch:
+            self._outbox.put(event)
+
+    def _say(self, kind, workspace_id, data):
+        self._outbox.put(Event(kind, workspace_id, self._place, time.time(), data))
+
+    # What the client is sent
+
+    def _wake(self):
+        if self._writer is None:
+            self._writer = gevent.spawn(self._write)
+
+    def _write(self):
+        """Write what waits, all of it at once, until nothing comes for a second."""
+        try:
+            while not self._socket.closed:
+                lost, events = self._outbox.take(1)
+                if not events and not len(self._outbox):
+                    return
+                self._send(lost, events)
+        except WebSocketError as error:
+            log.debug('A WebSocket client is gone: %s', error)
+        finally:
+            self._writer = None
+
+    def _send(self, lost, events):
+        frames = [view_frame(dropped_event(None, lost, self._place))] if lost else []
+        frames += map(view_frame, events)
+        self._room.set()
+        if frames:
+            self._socket.send_encoded(b''.join(frames))
+        if events:
+            self._place = events[-1].id
+
+    def _flush(self):
+        with contextlib.suppress(WebSocketError):
+            self._send(*self._outbox.drain())
+
+    def _ping(self):
+        try:
+            self._socket.ping()
+        except WebSocketError:
+            pass
+        finally:
+            self._writer = None
+        if len(self._outbox):
+            self._wake()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1950,22 +2621,30 @@ DELETE_PATIENCE = 30  # seconds that DELETE waits for the end before it answers 
 
 @dataclass(frozen=True)
 class Call:
-    """What a handler is given: the parts of the path, the checked query and body, and whether a token was shown if one is needed."""
+    """What a handler is given: the parts of the path, the checked query and body, and whether a token was shown if one is needed.
+
+    `last_event_id` is where a stream is to go on, `departure(callback)` watches for the client to leave, `websocket` is the
+    connection of a WebSocket client.
+    """
 
     path: dict
     query: dict
     body: object
     trusted: bool
+    last_event_id: str
+    departure: object
+    websocket: object
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a handler returns. `bare` sends the data without the envelope."""
+    """What a handler returns. `bare` sends the data without the envelope; a `stream` yields bytes, and sends neither."""
 
-    data: object
+    data: object = None
     status: int = 200
     headers: dict = field(default_factory=dict)
     bare: bool = False
+    stream: object = None
 
 
 @dataclass(frozen=True)
@@ -2029,6 +2708,55 @@ def restart_workspace(backend, call):
     return Reply(view_workspace(backend.workspaces.restart(call.path['id'])), 202)
 
 
+def follow_workspace(backend, call):
+    """Stream the events of a workspace: its status at once, the last lines of its log, and then what comes, as SSE."""
+    workspace = backend.state.get(call.path['id'])
+    backend.streams.admit()
+    batches = workspace_events(backend, workspace.id, cursor=call_cursor(call), tail=call.query.get('tail', DEFAULT_TAIL), departure=call.departure)
+    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
+
+
+def read_log(backend, call):
+    """Get the log of a workspace as plain text: the last `tail` lines or those from `since` on; with `follow` also what comes."""
+    workspace = backend.state.get(call.path['id'])
+    position = LogPosition(*[(parse_since(call.query['since']), 0)] * 2) if 'since' in call.query else None
+    tail = call.query.get('tail')
+    backend.streams.admit()
+    if call.query.get('follow'):
+        cursor = Cursor(backend.events.boot, backend.events.count, position) if position else None
+        batches = workspace_events(backend, workspace.id, cursor=cursor, tail=10_000_000 if tail is None else tail, departure=call.departure)
+    else:
+        lines = backend.logs.read(workspace.id, position=position, tail=tail)
+        batches = (list(log_events(workspace.id, batch, '', 0, position or LogPosition())) for batch in lines)
+    return Reply(stream=text_stream(batches), headers={**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'})
+
+
+def follow_session(backend, call):
+    """Stream the events of an agent session as SSE. The session may be yet to come."""
+    backend.streams.admit()
+    batches = session_events(backend, call.path['session_id'], after=call.query.get('after', call.last_event_id), departure=call.departure)
+    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
+
+
+def open_websocket(backend, call):
+    """Talk over a WebSocket: subscribe to workspaces, and receive their events."""
+    if call.websocket is None:
+        raise UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, Sec-WebSocket-Version: 13 and a proper key.',
+                              headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
+    try:
+        backend.streams.admit()
+    except TooMany as error:
+        call.websocket.close(1013, str(error))
+        return Reply({})
+    WebSocketClient(backend, call.websocket, call.trusted).run()
+    return Reply({})
+
+
+def issue_ticket(backend, call):
+    """Get a ticket that opens one stream, for a browser's EventSource, which can send no token: add it as `?ticket=`."""
+    return Reply({'ticket': backend.streams.issue_ticket(), 'expiresIn': TICKET_LIFE}, 201)
+
+
 def list_templates(backend, call):
     """List the templates that a workspace can be made from."""
     return Reply([{'name': name, 'description': backend.templates.describe(name), 'default': name == backend.config.default_template}
@@ -2047,6 +2775,23 @@ def get_health(backend, call):
     return Reply(shown, bare=True)
 
 
+def call_cursor(call):
+    """Return from where a stream is to go on: what the client says, else what its browser remembers."""
+    text = call.query.get('after', call.last_event_id)
+    return Cursor.parse(text) if text else None
+
+
+def parse_since(text):
+    """Return the nanoseconds since the epoch of an RFC 3339 time, or of a number of seconds."""
+    if re.fullmatch(r'\d{1,12}(\.\d{1,9})?', text):
+        seconds, _, fraction = text.partition('.')
+        return int(seconds) * 1_000_000_000 + int(fraction.ljust(9, '0'))
+    try:
+        return int(datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp() * 1e9)
+    except ValueError as error:
+        raise ValidationError(f'since: {text[:80]!r} is neither a time as 2026-01-31T12:00:00Z nor a number of seconds') from error
+
+
 def show_workspace(backend, workspace):
     return Reply(view_workspace_details(workspace, backend.workspaces.usage(workspace.id), backend.config))
 
@@ -2060,6 +2805,11 @@ ROUTES = (
     Route('POST', '/api/workspaces/<id>/start', start_workspace),
     Route('POST', '/api/workspaces/<id>/stop', stop_workspace),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace),
+    Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query'),
+    Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query'),
+    Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query'),
+    Route('GET', '/agent/ws', open_websocket, open=True),
+    Route('POST', '/api/tickets', issue_ticket),
     Route('GET', '/api/templates', list_templates),
     Route('GET', '/health', get_health, open=True),
 )
@@ -2094,30 +2844,29 @@ def endpoint(backend, route):
         try:
             query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
             body = read_body(backend.schemas, route.body, environ) if route.body else None
-            reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True)))
+            reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
+                                                departure_of(environ), environ.get('wsgi.websocket')))
         except BackendError as error:
             return respond(view_error(error), error.status, error.headers)
         except Exception as error:
             error = internal_error(error)
             return respond(view_error(error), error.status, {})
+        if reply.stream is not None:
+            return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
         return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
     return called
 
 
+def departure_of(environ):
+    """Return what watches for a client to leave. Under another program's server nothing does, and a heartbeat finds it out."""
+    connection = environ.get('agentbackend.socket')
+    if connection is None:
+        return lambda callback: io.BytesIO()  # has a close()
+    return lambda callback: Departure(connection, callback)
+
+
 def respond(value, status, headers):
     return bottle.HTTPResponse(encode(value), status, {**headers, 'Content-Type': 'application/json', 'Cache-Control': 'no-store'})
-
-
-def encode(value):
-    """Return a value as JSON bytes with a line end, which a shell is grateful for."""
-    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode() + b'\n'
-
-
-def internal_error(error):
-    """Log a traceback under a number, and return the error that tells a client that number and nothing else."""
-    number = secrets.token_hex(4)
-    log.error('Internal error %s', number, exc_info=error)
-    return BackendError(f'Internal error {number}; the log of the server has the traceback.')
 
 
 def read_query(schemas, name, text):
@@ -2153,8 +2902,6 @@ def read_body(schemas, name, environ):
 # Server
 # ---------------------------------------------------------------------------------------------
 
-IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
-DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
 MAX_CONNECTIONS = 5000
 CORS_METHODS = 'GET, HEAD, POST, PUT, PATCH, DELETE'
 CORS_EXPOSED = 'Location, Allow, WWW-Authenticate, Retry-After'
@@ -2170,7 +2917,9 @@ class Backend:
     events: Events
     engine: Engine
     templates: Templates
+    logs: Logs
     workspaces: Workspaces
+    streams: Streams
     started_at: float = field(default_factory=time.monotonic)
 
     def open(self):
@@ -2192,20 +2941,23 @@ def make_backend(config):
     engine = Engine(host=config.docker_host, tls_verify=config.docker_tls_verify, cert_path=config.docker_cert_path, instance=config.instance)
     templates = Templates(engine, [DATA / 'templates', *filter(None, [config.templates_dir])], base_image=config.base_image,
                           debian_mirror=config.debian_mirror, ca_certs=config.extra_ca_certs, timeout=config.build_timeout)
-    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, Workspaces(config, state, events, engine, templates))
+    logs = Logs(events, engine)
+    workspaces = Workspaces(config, state, events, engine, templates, logs)
+    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, logs, workspaces, Streams(config.max_streams))
 
 
 def make_app(backend):
     """Return the WSGI callable, to be served here or mounted in another program."""
-    return Gate(backend.config, Application(backend))
+    return Gate(backend.config, Application(backend), backend.streams)
 
 
 class Gate:
     """What comes before the routes: who may call, from where, and with how large a body."""
 
-    def __init__(self, config, app):
+    def __init__(self, config, app, streams):
         self._config = config
         self._app = app
+        self._streams = streams
         self._hosts = {host.lower() for host in (config.host, *config.allowed_hosts) if host not in ('0.0.0.0', '::')}
         self._origins = {origin.lower().rstrip('/') for origin in config.allowed_origins}
         self._open = {(route.method, route.path) for route in ROUTES if route.open}
@@ -2222,11 +2974,12 @@ class Gate:
             allowed = True
             if environ['REQUEST_METHOD'] == 'OPTIONS':
                 return self._options(environ, start)
-            environ['agentbackend.trusted'] = self._has_token(environ)
+            environ['agentbackend.trusted'] = self._has_token(environ) or self._has_ticket(environ)
             if not environ['agentbackend.trusted'] and (environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']) not in self._open:
                 raise Unauthorized("This server needs its API token: send 'Authorization: Bearer <API_TOKEN>'.",
                                    headers={'WWW-Authenticate': 'Bearer'})
-            self._take_body(environ)
+            if environ.get('wsgi.websocket') is None:
+                self._take_body(environ)
         except BackendError as error:
             return self._refuse(environ, start, error)
         return self._app(environ, start)
@@ -2252,6 +3005,21 @@ class Gate:
             return True
         scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
         return scheme.lower() == 'bearer' and same_secret(token.strip(), self._config.api_token)
+
+    def _has_ticket(self, environ):
+        """Tell whether a stream is asked for with a ticket, and take the ticket out of the query."""
+        query = urllib.parse.parse_qsl(environ.get('QUERY_STRING', ''), keep_blank_values=True)
+        tickets = [value for key, value in query if key == 'ticket']
+        environ['QUERY_STRING'] = urllib.parse.urlencode([(key, value) for key, value in query if key != 'ticket']) if tickets else environ.get('QUERY_STRING', '')
+        return environ['REQUEST_METHOD'] == 'GET' and any([self._streams.redeem_ticket(ticket) for ticket in tickets])
+
+    def may_upgrade(self, environ):
+        """Tell whether a WebSocket is granted; if not, the request goes on as any other, and is told why not."""
+        try:
+            self.check_host_and_origin(environ)
+        except Forbidden:
+            return False
+        return environ['PATH_INFO'] == '/agent/ws'
 
     def _options(self, environ, start):
         methods = [route.method for route in ROUTES if re.fullmatch(re.sub('<[^>]+>', '[^/]+', route.path), environ['PATH_INFO'])]
@@ -2306,90 +3074,16 @@ def split_host(text):
     return text.partition(':')[0].lower()
 
 
-def same_secret(given, wanted):
-    """Compare in constant time, whatever the lengths."""
-    return hmac.compare_digest(hashlib.sha256(given.encode('utf-8', 'surrogateescape')).digest(), hashlib.sha256(wanted.encode()).digest())
-
-
-def read_up_to(stream, count):
-    parts = []
-    while count > 0:
-        part = stream.read(min(count, 65536))
-        if not part:
-            break
-        parts.append(part)
-        count -= len(part)
-    return b''.join(parts)
-
-
-class Remainder:
-    """What is left of a request's body after the answer, which pywsgi reads away however long it is."""
-
-    def __init__(self, handler, stream):
-        self._handler = handler
-        self._stream = stream
-
-    def _discard(self):
-        left = (self._handler.content_length or 0) - (self._stream.position or 0)
-        if not self._handler.close_connection and left <= DISCARD_LIMIT:
-            self._stream._discard()
-            return
-        # As much as its sender needs in order to see the answer, and not for long.
-        self._handler.close_connection = True
-        with gevent.Timeout(2, False):
-            read_up_to(self._stream, DISCARD_LIMIT)
-
-
-class Handler(gevent.pywsgi.WSGIHandler):
-    """A connection, with the time limits that pywsgi lacks, and JSON for what pywsgi answers by itself."""
-
-    request_timeout = 10
-
-    def read_requestline(self):
-        """Read the request line; a connection on which none comes is closed."""
-        with gevent.Timeout(IDLE_PATIENCE, False):
-            return super().read_requestline()
-        return ''
-
-    def read_request(self, raw_requestline):
-        """Read the headers, within their time."""
-        with gevent.Timeout(self.request_timeout, ValueError('the headers did not come in time')):
-            return super().read_request(raw_requestline)
-
-    def get_environ(self):
-        """Make the environment, and see to it that a refused body is not read to its end."""
-        environ = super().get_environ()
-        self.wsgi_input = Remainder(self, self.wsgi_input)
-        return environ
-
-    def handle_one_request(self):
-        """Answer one request; pywsgi gives (status, raw answer) for those that it refuses."""
-        result = super().handle_one_request()
-        if not isinstance(result, tuple):
-            return result
-        text = {'414': 'The request line is too long.'}.get(result[0], 'The request is no valid HTTP, or its headers are too many or came too slowly.')
-        body = encode(view_error(ValidationError(text)))
-        reason = {'414': 'URI Too Long'}.get(result[0], 'Bad Request')
-        head = f'HTTP/1.1 {result[0]} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n'
-        return result[0], head.encode() + body
-
-
-class WSGIServer(gevent.pywsgi.WSGIServer):
-    """pywsgi on a socket that sends at once: headers and body are two writes, and the second would wait 40 ms for the first."""
-
-    def init_socket(self):
-        super().init_socket()
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 class Server:
     """The backend behind a port."""
 
     def __init__(self, backend):
         self.backend = backend
         config = backend.config
-        handler = type('Handler', (Handler,), {'request_timeout': config.request_timeout})
-        self._server = WSGIServer((config.host, config.port), make_app(backend), handler_class=handler, spawn=gevent.pool.Pool(MAX_CONNECTIONS),
+        app = make_app(backend)
+        handler = type('Connection', (Handler,), {'request_timeout': config.request_timeout, 'may_upgrade': staticmethod(app.may_upgrade),
+                                                  'refusal': staticmethod(lambda status, text: encode(view_error(ValidationError(text))))})
+        self._server = WSGIServer((config.host, config.port), app, handler_class=handler, spawn=gevent.pool.Pool(MAX_CONNECTIONS),
                                   log=None, error_log=logging.getLogger('agentbackend.http'))
         self._stopping = gevent.event.Event()
         self._lock_file = None
@@ -2417,6 +3111,7 @@ class Server:
     def close(self):
         """Take no more calls, let those that go on end, and put everything away."""
         self._server.close()
+        self.backend.streams.close()
         self._server.stop(timeout=8)
         self.backend.close()
         if self._lock_file:

@@ -1,6 +1,7 @@
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import docker
+import gevent
 import pytest
 import requests
 
@@ -22,10 +24,11 @@ sys.path.insert(0, str(ROOT))
 TINY_DOCKERFILE = """\
 # A static shell that answers as a workspace does.
 FROM scratch
+LABEL agentbackend.test={test}
 COPY busybox /bin/busybox
 COPY entry banner /bin/
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
-ENTRYPOINT ["/bin/entry"]
+{steps}ENTRYPOINT ["/bin/entry"]
 """
 TINY_ENTRY = """\
 #!/bin/busybox sh
@@ -59,23 +62,50 @@ def docker_client():
 @pytest.fixture(scope='session')
 def templates_dir(tmp_path_factory, docker_client):
     """A folder with the template `tiny`; its images are removed in the end."""
-    folder = tmp_path_factory.mktemp('templates')
-    tiny = folder / 'tiny'
-    tiny.mkdir()
-    shutil.copy(shutil.which('busybox'), tiny / 'busybox')
-    (tiny / 'Dockerfile').write_text(TINY_DOCKERFILE)
-    (tiny / 'entry').write_text(TINY_ENTRY)
-    (tiny / 'banner').write_text(TINY_BANNER)
+    folder, test = tmp_path_factory.mktemp('templates'), uuid.uuid4().hex
+    write_template(folder, 'tiny', test)
     yield folder
-    for image in docker_client.images.list(filters={'label': 'agentbackend.template=tiny'}):
-        docker_client.images.remove(image.id, force=True)
+    remove_images(docker_client, test)
+
+
+@pytest.fixture
+def own_templates(tmp_path, templates_dir, docker_client):
+    """A folder with `tiny`, and a function (name, *more steps) that adds templates to it; their images are removed in the end."""
+    folder, test = tmp_path / 'templates', uuid.uuid4().hex
+    shutil.copytree(templates_dir, folder)
+    yield folder, lambda name, *steps: write_template(folder, name, test, steps)
+    remove_images(docker_client, test)
+
+
+def write_template(folder, name, test, steps=()):
+    """Write a template like tiny with more steps; every layer of it bears the label of its test."""
+    target = folder / name
+    target.mkdir(exist_ok=True)
+    shutil.copy(shutil.which('busybox'), target / 'busybox')
+    (target / 'Dockerfile').write_text(TINY_DOCKERFILE.format(test=test, steps=''.join(f'{step}\n' for step in steps)))
+    (target / 'entry').write_text(TINY_ENTRY)
+    (target / 'banner').write_text(TINY_BANNER)
+
+
+def remove_images(client, test):
+    """Remove the images and layers of a test; a build that went on without its server may hold one for a moment."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = client.api.images(all=True, filters={'label': f'agentbackend.test={test}'})
+        if not found:
+            return
+        for image in found:
+            with contextlib.suppress(docker.errors.APIError):
+                client.api.remove_image(image['Id'], force=True)
+        time.sleep(0.1)
 
 
 class Served:
     """A server in a process of its own, under an instance of its own, with its settings, its log and a small client."""
 
-    def __init__(self, folder, templates_dir, **settings):
+    def __init__(self, folder, templates_dir, *, network=None, **settings):
         self.folder = folder
+        self.network = network
         self.instance = 'test-' + uuid.uuid4().hex[:8]
         self.log = folder / 'log'
         self.settings = {'INSTANCE': self.instance, 'STATE_DIR': str(folder / 'state'), 'PORT': '0', 'PREBUILD': 'none',
@@ -90,7 +120,8 @@ class Served:
         self.log.open('a').close()
         already = self.log.stat().st_size
         with self.log.open('a') as log:
-            self.process = subprocess.Popen([sys.executable, str(ROOT / 'agentbackend.py')], env=env, stdout=log, stderr=log,
+            prefix = self.network.prefix if self.network else []
+            self.process = subprocess.Popen([*prefix, sys.executable, str(ROOT / 'agentbackend.py')], env=env, stdout=log, stderr=log,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
         if connected:
@@ -118,7 +149,8 @@ class Served:
     def call(self, method, path, json=None, **options):
         """Return the response of the server, whatever its status."""
         headers = {**self.headers, **options.pop('headers', {})}
-        return requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
+        with self.network.entered() if self.network else contextlib.nullcontext():
+            return requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
 
     def get(self, path, **options):
         """Return the JSON of a GET, without its envelope if it has one."""
@@ -156,6 +188,52 @@ class Served:
         return self.process.returncode if self.process else None
 
 
+class Network:
+    """A network namespace with nothing but a loopback of its own, for a server or an engine that must not share ours."""
+
+    def __init__(self):
+        self._holder = subprocess.Popen(['unshare', '--net', 'sh', '-c', 'ip link set lo up && echo up && exec sleep infinity'],
+                                        stdout=subprocess.PIPE, start_new_session=True)
+        self._holder.stdout.readline()
+        self._file = f'/proc/{self._holder.pid}/ns/net'
+        self.prefix = ['nsenter', f'--net={self._file}', '--']
+
+    @contextlib.contextmanager
+    def entered(self):
+        """Let this process make its sockets there for the length of a block, in which no other greenlet may make one."""
+        with open('/proc/self/ns/net') as ours, open(self._file) as theirs:
+            self._move_to(theirs)
+            try:
+                yield
+            finally:
+                self._move_to(ours)
+
+    @staticmethod
+    def _move_to(file):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET; os.setns is there from Python 3.12 on
+            raise OSError(ctypes.get_errno(), 'setns')
+
+    def close(self):
+        self._holder.kill()
+        self._holder.wait()
+        self._holder.stdout.close()
+
+
+@pytest.fixture
+def network():
+    made = Network()
+    yield made
+    made.close()
+
+
+def concurrently(*functions):
+    """Call the functions at once, and return what they return, in their order."""
+    jobs = [gevent.spawn(function) for function in functions]
+    gevent.joinall(jobs, raise_error=True)
+    return [job.value for job in jobs]
+
+
 def objects_of(client, instance):
     """Return the names of every container and volume that bear an instance's label."""
     filters = {'label': f'agentbackend.instance={instance}'}
@@ -178,10 +256,10 @@ def make_server(tmp_path, templates_dir, docker_client):
     """A function that starts servers; all that they made is removed in the end, and on a failure their logs are shown."""
     servers = []
 
-    def make(*, connected=True, **settings):
+    def make(*, connected=True, network=None, **settings):
         folder = tmp_path / f'server{len(servers)}'
         folder.mkdir()
-        servers.append(Served(folder, templates_dir, **settings))
+        servers.append(Served(folder, templates_dir, network=network, **settings))
         return servers[-1].start(connected=connected)
 
     yield make
