@@ -138,6 +138,7 @@ UNITS = {'': 1, 'b': 1, 'k': 2**10, 'm': 2**20, 'g': 2**30, 't': 2**40}
 
 
 def parse_port(text):
+    """Return the number of a port to listen on; 0 lets the system choose one."""
     number = int(text)
     if not 0 <= number <= 65535:
         raise ValueError('a port is a number from 0 to 65535')
@@ -162,6 +163,7 @@ def parse_size(text):
 
 
 def parse_seconds(text):
+    """Return a duration, which may have a fraction."""
     seconds = float(text)
     if not 0 < seconds < 1e9:
         raise ValueError('a duration is a positive number of seconds')
@@ -169,6 +171,7 @@ def parse_seconds(text):
 
 
 def parse_count(text):
+    """Return a whole number of at least one."""
     number = int(text)
     if number < 1:
         raise ValueError('it must be at least 1')
@@ -176,6 +179,7 @@ def parse_count(text):
 
 
 def parse_cpus(text):
+    """Return a number of cores, which may have a fraction; the engine takes no less than 0.01."""
     cpus = float(text)
     if not 0.01 <= cpus <= 1024:
         raise ValueError('it is a number of cores, at least 0.01')
@@ -183,38 +187,45 @@ def parse_cpus(text):
 
 
 def parse_words(text):
+    """Return the words of a list with spaces or commas between them."""
     return tuple(word for word in re.split(r'[\s,]+', text.strip()) if word)
 
 
 def parse_instance(text):
+    """Return the name of an instance, which begins the names of its containers and volumes."""
     if not re.fullmatch(r'[a-z0-9][a-z0-9_.-]{0,31}', text):
         raise ValueError("it has small letters, digits and '_.-', at most 32")
     return text
 
 
 def parse_name(text):
+    """Return the name of a template."""
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,62}', text):
         raise ValueError("it has letters, digits and '_.-'")
     return text
 
 
 def parse_path(text):
+    """Return an absolute path inside of containers, without a slash at its end."""
     if not re.fullmatch(r'(/[A-Za-z0-9_.-]+)+/?', text) or '..' in text.split('/'):
         raise ValueError('it must be an absolute path, not the root, of letters, digits and _.-')
     return text.rstrip('/')
 
 
 def parse_address(text):
+    """Return an IP address; the engine binds ports to no names."""
     return str(ipaddress.ip_address(text))
 
 
 def parse_log_level(text):
+    """Return a level as logging names it."""
     if text.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
         raise ValueError('it is one of debug, info, warning and error')
     return text.upper()
 
 
 def setting(default, parse, text):
+    """Return a field of Config with its default as text, the function that reads it, and its line of the README."""
     return field(metadata={'default': default, 'parse': parse, 'help': text})
 
 
@@ -376,7 +387,7 @@ def parse_json(data):
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could never be sent again
         return value
     except (ValueError, RecursionError) as error:
-        raise ValidationError(f'The body is not valid JSON: {error}.') from error
+        raise ValidationError(f'This is not valid JSON: {error}.') from error
 
 
 def internal_error(error):
@@ -913,6 +924,7 @@ class Container:
 
     @property
     def up(self):
+        """Tell whether it has processes."""
         return self.state in ('running', 'paused', 'restarting')
 
 
@@ -1177,8 +1189,9 @@ class Engine:
     def own_env(self, container):
         """Return the environment that a container was given, beside that of its image."""
         with translated('Inspect a container'):
-            found = self.api.inspect_container(container.id)
-            inherited = set(self.api.inspect_image(found['Image'])['Config'].get('Env') or ())
+            found, inherited = self.api.inspect_container(container.id), set()
+            with contextlib.suppress(docker.errors.ImageNotFound):  # an image can be removed while a stopped container needs it
+                inherited.update(self.api.inspect_image(found['Image'])['Config'].get('Env') or ())
         return dict(item.partition('=')[::2] for item in found['Config'].get('Env') or () if item not in inherited)
 
     def changes(self, since):
@@ -1248,6 +1261,7 @@ class Build:
         self.started_at = time.time()
 
     def say(self, line):
+        """Hand a line of output to all who listen."""
         for listener in list(self.listeners):
             listener(line)
 
@@ -1773,6 +1787,8 @@ class Workspaces:
         """Create the volume and a started container, on other ports if those reserved turn out to be taken."""
         if workspace.has_credentials and workspace.id not in self._credentials:
             raise BackendError('The server ended before the clone began, and it does not keep credentials. Delete the workspace and create it again.')
+        if workspace.born and workspace.id not in self.engine.volumes():
+            raise DockerError('Its volume was removed by someone else, and its files with it. Delete it.')
         self.engine.create_volume(self._engine_name(workspace.id), self._volume_labels(workspace))
         for attempt in range(1, PORT_ATTEMPTS + 1):
             container_id = self._create_container(workspace, image)
@@ -2227,7 +2243,7 @@ def view_image(state):
 def view_event(event):
     """Return an event as JSON bytes, encoded once for all its readers."""
     if event.json is None:
-        shown = {'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id, 'timestamp': view_time(event.timestamp), 'data': event.data}
+        shown = {'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id or None, 'timestamp': view_time(event.timestamp), 'data': event.data}
         if event.session_id is not None:
             shown['sessionId'] = event.session_id
         event.json = encode(shown)[:-1]
@@ -2493,18 +2509,23 @@ class WebSocketClient:
     # What the client says
 
     def _handle(self, text):
+        message = {}
         try:
             message = parse_json(text.encode() if isinstance(text, str) else bytes(text))
             self._backend.schemas.check('websocket-message', message, where='message')
             self._obey(message)
         except BackendError as error:
-            self._say('error', (message.get('workspaceId') if isinstance(message, dict) else None) if 'message' in locals() else None,
-                      {'code': error.code, 'message': str(error)} | ({'details': error.details} if error.details else {}))
-            if isinstance(error, Unauthorized):
-                self._flush()
-                self._socket.close(POLICY, 'unauthorized')
+            self._refuse(message, error)
         except Exception as error:
-            self._say('error', None, {'code': BackendError.code, 'message': str(internal_error(error))})
+            self._refuse(message, internal_error(error))
+
+    def _refuse(self, message, error):
+        """Say what was wrong; the connection stays, but for a client that is not allowed here."""
+        about = message.get('workspaceId') if isinstance(message, dict) else None
+        self._say('error', about, {'code': error.code, 'message': str(error)} | ({'details': error.details} if error.details else {}))
+        if isinstance(error, Unauthorized):
+            self._flush()
+            self._socket.close(POLICY, 'unauthorized')
 
     def _obey(self, message):
         kind = message['type']
@@ -2567,7 +2588,7 @@ class WebSocketClient:
             self._outbox.put(event)
 
     def _say(self, kind, workspace_id, data):
-        self._outbox.put(Event(kind, workspace_id, self._place, time.time(), data))
+        self._outbox.put(Event(kind, workspace_id, '', time.time(), data))
 
     # What the client is sent
 
@@ -2594,8 +2615,7 @@ class WebSocketClient:
         self._room.set()
         if frames:
             self._socket.send_encoded(b''.join(frames))
-        if events:
-            self._place = events[-1].id
+        self._place = next((event.id for event in reversed(events) if event.id), self._place)
 
     def _flush(self):
         with contextlib.suppress(WebSocketError):
@@ -2793,6 +2813,7 @@ def parse_since(text):
 
 
 def show_workspace(backend, workspace):
+    """Return the reply that shows all of a workspace."""
     return Reply(view_workspace_details(workspace, backend.workspaces.usage(workspace.id), backend.config))
 
 
@@ -2846,14 +2867,14 @@ def endpoint(backend, route):
             body = read_body(backend.schemas, route.body, environ) if route.body else None
             reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
                                                 departure_of(environ), environ.get('wsgi.websocket')))
+            if reply.stream is not None:
+                return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
+            return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
         except BackendError as error:
             return respond(view_error(error), error.status, error.headers)
         except Exception as error:
             error = internal_error(error)
             return respond(view_error(error), error.status, {})
-        if reply.stream is not None:
-            return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
-        return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
     return called
 
 
@@ -2866,6 +2887,7 @@ def departure_of(environ):
 
 
 def respond(value, status, headers):
+    """Return a value as Bottle's JSON response."""
     return bottle.HTTPResponse(encode(value), status, {**headers, 'Content-Type': 'application/json', 'Cache-Control': 'no-store'})
 
 
@@ -2923,11 +2945,13 @@ class Backend:
     started_at: float = field(default_factory=time.monotonic)
 
     def open(self):
+        """Read what is known, and begin to keep up with the engine."""
         self.state.open()
         self.workspaces.open()
         return self
 
     def close(self):
+        """End what goes on, and write what is known."""
         self.workspaces.close()
         self.state.close()
         self.engine.close()
@@ -2997,7 +3021,10 @@ class Gate:
             raise Forbidden(f'Origin {origin[:100]!r} is not allowed here; add it to ALLOWED_ORIGINS if you trust its pages.')
 
     def _is_allowed_origin(self, origin):
-        parts = urllib.parse.urlsplit(origin)
+        try:
+            parts = urllib.parse.urlsplit(origin)
+        except ValueError:  # as for http://[
+            return False
         return origin in self._origins or (parts.scheme in ('http', 'https') and is_loopback(parts.hostname or '-'))
 
     def _has_token(self, environ):
@@ -3025,11 +3052,11 @@ class Gate:
         methods = [route.method for route in ROUTES if re.fullmatch(re.sub('<[^>]+>', '[^/]+', route.path), environ['PATH_INFO'])]
         if not methods:
             return self._refuse(environ, start, NotFound(f"There is no {environ['PATH_INFO'][:200]} here."))
-        headers = [('Allow', ', '.join(dict.fromkeys([*methods, *(['HEAD'] if 'GET' in methods else []), 'OPTIONS']))), ('Content-Length', '0')]
+        headers = [('Allow', ', '.join(dict.fromkeys([*methods, *(['HEAD'] if 'GET' in methods else []), 'OPTIONS'])))]
         if 'HTTP_ACCESS_CONTROL_REQUEST_METHOD' in environ:
             headers += [('Access-Control-Allow-Methods', CORS_METHODS), ('Access-Control-Max-Age', '600'),
                         ('Access-Control-Allow-Headers', 'Authorization, Content-Type, Last-Event-ID')]
-        start('204 No Content', headers[:-1])
+        start('204 No Content', headers)
         return []
 
     @staticmethod
@@ -3042,13 +3069,18 @@ class Gate:
         """Read the body, chunked or not, within its limits of size and time."""
         length, chunked = environ.get('CONTENT_LENGTH') or '0', 'HTTP_TRANSFER_ENCODING' in environ
         limit = self._config.max_body
+        if chunked and environ['HTTP_TRANSFER_ENCODING'].lower() != 'chunked':  # pywsgi would take such a body for the next request
+            raise ValidationError("The only Transfer-Encoding known here is 'chunked'.", headers={'Connection': 'close'})
         if not chunked and (not length.isdigit() or int(length) > limit):
             raise self._too_large(limit)
         body = b''
         if chunked or int(length):
             slow = RequestTimeout(f'The body did not come within REQUEST_TIMEOUT={self._config.request_timeout} s.', headers={'Connection': 'close'})
-            with gevent.Timeout(self._config.request_timeout, slow):
-                body = read_up_to(environ['wsgi.input'], limit + 1 if chunked else int(length))
+            try:
+                with gevent.Timeout(self._config.request_timeout, slow):
+                    body = read_up_to(environ['wsgi.input'], limit + 1 if chunked else int(length))
+            except OSError as error:
+                raise ValidationError('The body ended too early, or its chunks are no chunks.', headers={'Connection': 'close'}) from error
             if len(body) > limit:
                 raise self._too_large(limit)
         environ['wsgi.input'] = io.BytesIO(body)
@@ -3095,11 +3127,15 @@ class Server:
             self._server.start()
         except OSError as error:
             raise ConfigError(f'PORT={self.backend.config.port}: the server can not listen on HOST={self.backend.config.host}: {error.strerror}.') from error
-        self.backend.open()
+        try:
+            self.backend.open()
+        except OSError as error:
+            raise ConfigError(f'STATE_DIR={self.backend.config.state_dir!r} cannot be used: {error.strerror}.') from error
         return self
 
     @property
     def port(self):
+        """The port that it listens on, which PORT=0 leaves to the system."""
         return self._server.server_port
 
     def wait(self):
@@ -3134,7 +3170,7 @@ class Server:
 def serve(config):
     """Run a server until it is told to stop."""
     server = Server(make_backend(config)).open()
-    log.info('Agent Backend %s serves http://%s:%d', VERSION, config.host, server.port)
+    log.info('Agent Backend %s serves http://%s:%d', VERSION, f'[{config.host}]' if ':' in config.host else config.host, server.port)
     try:
         server.wait()
         log.info('Stopping.')

@@ -26,6 +26,7 @@ from geventwebsocket.websocket import Header, Stream, WebSocket
 
 IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
 DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
+DISCARD_PATIENCE = 2  # seconds that this may take
 # A peer that vanished without a word is found within about 15 s, whether we send to it or not.
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
@@ -52,14 +53,16 @@ class Remainder:
         self._stream = stream
 
     def _discard(self):
-        left = (self._handler.content_length or 0) - (self._stream.position or 0)
-        if not self._handler.close_connection and left <= DISCARD_LIMIT:
-            self._stream._discard()
-            return
-        # As much as its sender needs in order to see the answer, and not for long.
+        # As much as its sender needs in order to see the answer, and not for long. Who still waits for a 100 sends nothing,
+        # and after broken chunks nothing makes sense.
+        left = 0 if self._stream.socket is not None or self._stream._chunked_input_error else DISCARD_LIMIT
+        with contextlib.suppress(OSError), gevent.Timeout(DISCARD_PATIENCE, False):
+            while left > 0:
+                part = self._stream.read(65536)
+                if not part:
+                    return
+                left -= len(part)
         self._handler.close_connection = True
-        with gevent.Timeout(2, False):
-            read_up_to(self._stream, DISCARD_LIMIT)
 
 
 class Handler(WebSocketHandler):
@@ -82,9 +85,15 @@ class Handler(WebSocketHandler):
 
     def read_requestline(self):
         """Read the request line; a connection on which none comes is closed."""
-        with gevent.Timeout(IDLE_PATIENCE, False):
-            return super().read_requestline()
-        return ''
+        if self.server.stopping:
+            return ''
+        self.server.idle.add(self)
+        try:
+            with gevent.Timeout(IDLE_PATIENCE, False):
+                return super().read_requestline()
+            return ''
+        finally:
+            self.server.idle.discard(self)
 
     def read_request(self, raw_requestline):
         """Read the headers, within their time."""
@@ -146,12 +155,26 @@ def is_upgrade(environ):
 class WSGIServer(gevent.pywsgi.WSGIServer):
     """pywsgi on a socket that sends at once, and that finds out about peers that are gone; each connection inherits both."""
 
+    stopping = False
+
+    def __init__(self, *args, **options):
+        self.idle = set()  # handlers that wait for a request
+        super().__init__(*args, **options)
+
     def init_socket(self):
         super().init_socket()
         # Headers and body are two writes, and without this the second waits 40 ms for the first to be acknowledged.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in KEEPALIVE:
             self.socket.setsockopt(*option)
+
+    def close(self):
+        """Take no more connections, and end those that only wait for a next request: a browser keeps some for minutes."""
+        super().close()
+        self.stopping = True
+        for handler in list(self.idle):
+            with contextlib.suppress(OSError):
+                handler.socket.shutdown(socket.SHUT_RD)
 
 
 class Departure:

@@ -24,7 +24,7 @@ GOOD = {  # a text that is not the default -> what Config makes of it
     'BASE_IMAGE': ('debian:trixie', 'debian:trixie'), 'DEBIAN_MIRROR': ('http://mirror.lan/debian', 'http://mirror.lan/debian'),
     'EXTRA_CA_CERTS': (__file__, __file__), 'SSH_AUTHORIZED_KEYS': (__file__, __file__), 'READY_TIMEOUT': ('1.5', 1.5),
     'STOP_TIMEOUT': ('3', 3), 'BUILD_TIMEOUT': ('7200', 7200), 'MAX_BODY': ('2k', 2048), 'REQUEST_TIMEOUT': ('0.5', 0.5),
-    'STATE_DIR': ('/var/lib/agentbackend', '/var/lib/agentbackend'),
+    'MAX_STREAMS': ('50', 50), 'STATE_DIR': ('/var/lib/agentbackend', '/var/lib/agentbackend'),
 }
 BAD = [
     ('PORT', 'abc'), ('PORT', '-1'), ('PORT', '65536'), ('PORT', '80.5'),
@@ -34,6 +34,7 @@ BAD = [
     ('MAX_BODY', 'much'), ('WORKSPACE_CPUS', '0'), ('WORKSPACE_CPUS', 'nan'), ('WORKSPACE_CPUS', 'two'),
     ('WORKSPACE_PIDS', '0'), ('WORKSPACE_PIDS', 'many'), ('AGENT_TTL', '-5'), ('AGENT_TTL', '0'), ('AGENT_TTL', 'nan'), ('AGENT_TTL', 'inf'),
     ('READY_TIMEOUT', '-1'), ('STOP_TIMEOUT', 'soon'), ('STOP_TIMEOUT', '0.5'), ('BUILD_TIMEOUT', '0'), ('REQUEST_TIMEOUT', '-0.1'),
+    ('MAX_STREAMS', '0'), ('MAX_STREAMS', 'some'),
     ('WORKSPACE_BASE_PATH', 'workspace'), ('WORKSPACE_BASE_PATH', '/'), ('WORKSPACE_BASE_PATH', '/a/../b'), ('WORKSPACE_BASE_PATH', '/a b'),
     ('WORKSPACE_BASE_PATH', '/a\n'), ('WORKSPACE_BIND_ADDRESS', 'localhost'), ('WORKSPACE_BIND_ADDRESS', '300.0.0.1'),
     ('INSTANCE', 'Lab'), ('INSTANCE', 'a/b'), ('INSTANCE', '-a'), ('INSTANCE', 'a' * 33), ('INSTANCE', 'a\n'),
