@@ -11,6 +11,7 @@ Engine      everything that speaks with Docker
 Templates   folders with a Dockerfile, and the images built from them
 Logs        what containers print, followed once for all who read it
 Workspaces  create, start, stop, remove, adopt, sweep
+Agents      tasks that agents do in workspaces, and the translators of what they print
 Views       records as the objects of the API
 Streams     SSE and WebSocket clients
 Routes      the table of routes and their handlers
@@ -33,6 +34,7 @@ import os
 import re
 import resource
 import secrets
+import shlex
 import signal
 import socket
 import string
@@ -43,6 +45,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -59,15 +62,18 @@ import requests.exceptions
 import urllib3.exceptions
 from geventwebsocket.exceptions import WebSocketError
 
+from agentbackend_agents import ClaudeLines, CommandLines, RunReader, shorten
 from agentbackend_wire import (
     GOING_AWAY,
     POLICY,
+    STDERR,
     STREAM_NAMES,
     Departure,
     Handler,
     LogLines,
     LogPosition,
     WSGIServer,
+    read_frames,
     read_up_to,
     text_frame,
 )
@@ -107,6 +113,8 @@ class MethodNotAllowed(BackendError): status, code = 405, 'METHOD_NOT_ALLOWED'
 class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
 class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
 class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
+class SessionNotFound(BackendError): status, code = 404, 'SESSION_NOT_FOUND'
+class SessionBusy(BackendError): status, code = 409, 'SESSION_BUSY'
 class WorkspaceAlreadyExists(BackendError): status, code = 409, 'WORKSPACE_ALREADY_EXISTS'
 class WorkspaceNotRunning(BackendError): status, code = 409, 'WORKSPACE_NOT_RUNNING'
 class TooMany(BackendError): status, code = 429, 'TOO_MANY'
@@ -224,6 +232,14 @@ def parse_log_level(text):
     return text.upper()
 
 
+def parse_command(text):
+    """Return the words of a command line, split as a shell does."""
+    return tuple(shlex.split(text))
+
+
+SECRET_SETTINGS = ('api_token', 'anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token')
+
+
 def setting(default, parse, text):
     """Return a field of Config with its default as text, the function that reads it, and its line of the README."""
     return field(metadata={'default': default, 'parse': parse, 'help': text})
@@ -259,6 +275,15 @@ class Config:
     workspace_pids: int = setting('4096', parse_count, 'How many processes a workspace may have.')
     agent_ttl: int = setting('86400', parse_seconds, 'Seconds without activity after which a workspace of type `agent` '
                              'is deleted, if it names no `ttl`.')
+    default_agent: str = setting('claude', parse_name, 'Agent of a task that names none.')
+    agent_command: tuple = setting('', parse_command, 'Command line of the agent `command`: it reads the task from stdin, and prints events as JSON or plain text.')
+    agent_timeout: float = setting('1800', parse_seconds, 'Seconds a task may take at most.')
+    agent_idle_timeout: float = setting('300', parse_seconds, 'Seconds an agent may say nothing.')
+    agent_max_tasks: int = setting('8', parse_count, 'How many tasks may run at once.')
+    anthropic_api_key: str = setting('', str, 'Key for Claude. It is given to an agent when it starts, and to nothing else in the workspace.')
+    anthropic_auth_token: str = setting('', str, 'Bearer token for Claude, in the place of a key.')
+    claude_code_oauth_token: str = setting('', str, 'Token of a Claude subscription, in the place of a key.')
+    anthropic_base_url: str = setting('', str, "Where Claude's API is, when it is a gateway; reached from inside the workspace.")
     default_template: str = setting('bun-typescript', parse_name, 'Template of a workspace that names none.')
     templates_dir: str = setting('', str, 'Folder with templates of your own; one named as a built-in takes its place.')
     prebuild: tuple = setting('bun-typescript', parse_words, 'Templates whose images are built as soon as the engine answers. '
@@ -302,6 +327,15 @@ class Config:
         if values['prebuild'] == ('none',):
             values['prebuild'] = ()
         return values
+
+    def secrets(self):
+        """Return the values that no event, log line or file may show."""
+        return [getattr(self, name) for name in SECRET_SETTINGS if getattr(self, name)]
+
+    def agent_keys(self):
+        """Return the environment that only agents are given."""
+        names = ('anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token', 'anthropic_base_url')
+        return {name.upper(): getattr(self, name) for name in names if getattr(self, name)}
 
     def _checked(self):
         if not is_loopback(self.host) and not self.api_token:
@@ -461,8 +495,41 @@ class Workspace:
                                    labels=dict(self.labels), ssh_public_keys=list(self.ssh_public_keys))
 
 
+@dataclass
+class Run:
+    """One task of a session. `boot` is when its container was started: a run does not outlive that.
+
+    `stop` is [code, message] once it is to be ended, `end` {'type', 'data'} of its last event once it has.
+    """
+
+    number: int
+    id: str
+    task: str
+    started_at: float
+    timeout: float
+    boot: str
+    state: str = RUNNING  # then completed, failed or cancelled
+    stop: list = None
+    end: dict = None
+    ended_at: float = None
+
+
+@dataclass
+class Session:
+    """A conversation with an agent in one workspace. The agent has an id of its own for it, and counts its cost from the beginning."""
+
+    id: str
+    workspace_id: str
+    agent: str
+    created_at: float
+    agent_session_id: str = ''
+    conversed: bool = False  # the agent has something to resume
+    total_cost_usd: float = 0
+    runs: list = field(default_factory=list)
+
+
 class State:
-    """Workspaces and their ports in one locked dict, mirrored to a JSON file.
+    """Workspaces with their ports, and sessions, in one locked dict each, mirrored to a JSON file.
 
     What it returns are copies. A change returns when the file holds it; changes that come together are written together.
     """
@@ -470,9 +537,10 @@ class State:
     def __init__(self, path, ranges):
         self.path = Path(path) if path else None
         self.ranges = ranges  # kind of PORT_KINDS -> (first, last)
-        # Protects _workspaces and _version. Nothing that can block is done under it: no file, no engine, no event.
+        # Protects _workspaces, _sessions and _version. Nothing that can block is done under it: no file, no engine, no event.
         self._lock = threading.RLock()
         self._workspaces = {}
+        self._sessions = {}
         self._version = self._saved = 0
         self._changed = gevent.event.Event()
         self._written = gevent.event.Event()
@@ -486,16 +554,18 @@ class State:
         try:
             document = json.loads(self.path.read_text())
             loaded = {item['id']: Workspace(**item) for item in document['workspaces']}
+            sessions = {item['id']: Session(**{**item, 'runs': [Run(**run) for run in item['runs']]}) for item in document.get('sessions', ())}
         except FileNotFoundError:
-            loaded = {}
+            loaded, sessions = {}, {}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             aside = self.path.with_suffix(f'.damaged-{int(time.time())}')
             self.path.rename(aside)
             log.error('The state file %s is damaged (%s); it is kept as %s, and what the engine knows is adopted.',
                       self.path, error, aside)
-            loaded = {}
+            loaded, sessions = {}, {}
         with self._lock:
             self._workspaces.update(loaded)
+            self._sessions.update(sessions)
         self._writer = gevent.spawn(self._write_for_ever)
 
     def close(self):
@@ -579,19 +649,95 @@ class State:
     def expire(self, now):
         """Mark those whose time has come as deleting, and return their ids."""
         with self._lock:
+            at_work = {item.workspace_id for item in self._sessions.values() if item.runs[-1].state == RUNNING}
             due = [item for item in self._workspaces.values()
-                   if item.status in SETTLED and item.expires_at is not None and item.expires_at <= now]
+                   if item.status in SETTLED and item.expires_at is not None and item.expires_at <= now
+                   and not (item.type == AGENT and item.id in at_work)]
             for item in due:
                 item.status = DELETING
                 self._touch_file()
         return [item.id for item in due]
 
     def remove(self, workspace_id):
-        """Forget a workspace and give its ports back."""
+        """Forget a workspace with its sessions, and give its ports back."""
         with self._lock:
             self._workspaces.pop(workspace_id, None)
+            self._sessions = {key: item for key, item in self._sessions.items() if item.workspace_id != workspace_id}
             self._touch_file()
         self.flush()
+
+    def session(self, session_id):
+        """Return a copy of a session; raise SessionNotFound."""
+        with self._lock:
+            return self._copy(self._session(session_id))
+
+    def sessions(self):
+        """Return copies of all sessions, oldest first."""
+        with self._lock:
+            found = [self._copy(item) for item in self._sessions.values()]
+        return sorted(found, key=lambda item: (item.created_at, item.id))
+
+    def begin_run(self, session, run, *, limit):
+        """Add a run to a session, which is added if it is new; return its copy. Raise SessionBusy while another runs, and TooMany."""
+        with self._lock:
+            running = sum(item.runs[-1].state == RUNNING for item in self._sessions.values())
+            found = self._sessions.get(session.id)
+            if found is not None and found.runs[-1].state == RUNNING:
+                raise SessionBusy(f'Session {session.id} has a task that runs; wait for its end, or cancel it.')
+            if running >= limit:
+                raise TooMany(f'AGENT_MAX_TASKS={limit} tasks run already; wait for the end of one.', headers={'Retry-After': '10'})
+            found = self._sessions.setdefault(session.id, session) if found is None else found
+            if not found.conversed:
+                found.agent_session_id = str(uuid.uuid4())  # an id that was begun with is refused a second time
+            run.number = len(found.runs) + 1
+            found.runs.append(run)
+            result = self._copy(found)
+            self._touch_file()
+        self.flush()
+        return result
+
+    def update_run(self, session_id, number, **changes):
+        """Change fields of a run."""
+        with self._lock:
+            run = self._session(session_id).runs[number - 1]
+            for name, value in changes.items():
+                setattr(run, name, value)
+            self._touch_file()
+        self.flush()
+
+    def end_run(self, session_id, number, *, state, end, total_cost_usd, conversed):
+        """Write down the end of a run; a session that is gone with its workspace is fine."""
+        with self._lock:
+            session = self._sessions.get(session_id)
+            if session is None:
+                return
+            session.conversed = conversed
+            if total_cost_usd is not None:
+                session.total_cost_usd = total_cost_usd
+            run = session.runs[number - 1]
+            run.state, run.end, run.ended_at = state, end, time.time()
+            self._touch_file()
+        self.flush()
+
+    def remove_session(self, session_id):
+        """Forget a session and return it; raise SessionBusy while a task of it runs."""
+        with self._lock:
+            session = self._session(session_id)
+            if session.runs[-1].state == RUNNING:
+                raise SessionBusy(f'Session {session_id} has a task that runs; cancel it first.')
+            del self._sessions[session_id]
+            self._touch_file()
+        self.flush()
+        return session
+
+    def _session(self, session_id):
+        if session_id not in self._sessions:
+            raise SessionNotFound('Session not found')
+        return self._sessions[session_id]
+
+    @staticmethod
+    def _copy(session):
+        return dataclasses.replace(session, runs=[dataclasses.replace(run) for run in session.runs])
 
     def ports_in_use(self):
         """Return how many ports of each kind are taken, and of how many: {kind: (used, total)}."""
@@ -657,7 +803,8 @@ class State:
         self._changed.clear()
         with self._lock:
             version = self._version
-            text = json.dumps({'version': 1, 'workspaces': [dataclasses.asdict(item) for item in self._workspaces.values()]})
+            text = json.dumps({'version': 1, 'workspaces': [dataclasses.asdict(item) for item in self._workspaces.values()],
+                               'sessions': [dataclasses.asdict(item) for item in self._sessions.values()]})
         try:
             # A disk may take its time; in a thread, other greenlets go on meanwhile.
             gevent.get_hub().threadpool.apply(write_atomically, (self.path, text))
@@ -706,29 +853,54 @@ class Event:
     timestamp: float
     data: dict
     session_id: str = None
+    place: str = None  # its id in its session
     size: int = 200  # bytes, roughly
     json: bytes = None
     sse: bytes = None
     frame: bytes = None
 
 
-class Cursor:
-    """A position in a workspace's topic, as an event's id holds it: what was published, and how far its log was read."""
+LAST_LINE = 10**12  # in the place of a run's last event, which is not made from a line
 
-    def __init__(self, boot, count, position=None):
-        self.boot, self.count, self.position = boot, count, position
+
+def event_id_of(place):
+    """Return the id of a session's event from its place, (run, line, number of the event in the line)."""
+    run, line, number = place
+    return f"{run}-{'end' if line == LAST_LINE else line}-{number}"
+
+
+def place_of(event_id):
+    """Return the place of a session's event from its id; raise ValidationError for anything else."""
+    match = re.fullmatch(r'(\d{1,9})-(\d{1,12}|end)-(\d{1,9})', event_id)
+    if not match:
+        raise ValidationError(f'after: {event_id[:80]!r} is no id of an event of a session')
+    return int(match[1]), LAST_LINE if match[2] == 'end' else int(match[2]), int(match[3])
+
+
+class Cursor:
+    """A position in a workspace's topic, as an event's id holds it.
+
+    It says what was published, how far the log was read, and how far each running task was told: {session id: event id}. The last two
+    hold beyond the end of this process.
+    """
+
+    def __init__(self, boot, count, position=None, marks=None):
+        self.boot, self.count, self.position, self.marks = boot, count, position, marks or {}
 
     @classmethod
     def parse(cls, text):
         """Return the cursor of an event's id; raise ValidationError for anything else."""
-        match = re.fullmatch(r'([0-9a-f]{1,16})\.(\d{1,18})\.([0-9a-f+-]*)', text)
+        match = re.fullmatch(r'([0-9a-f]{1,16})\.(\d{1,18})\.([0-9a-f+-]*)((~[\w.-]{1,100}/\d+-\w+-\d+)*)', text)
         with contextlib.suppress(ValueError):
             if match:
-                return cls(match[1], int(match[2]), LogPosition.parse(match[3]) if match[3] else None)
+                marks = dict(mark.split('/') for mark in match[4].split('~')[1:])
+                return cls(match[1], int(match[2]), LogPosition.parse(match[3]) if match[3] else None, marks)
         raise ValidationError(f'after: {text[:80]!r} is no id of an event')
 
-    def __str__(self):
-        return f'{self.boot}.{self.count}.{self.position or ""}'
+    def has_seen(self, event):
+        """Tell whether an event of a task, told again by another process, was seen already."""
+        mark = self.marks.get(event.session_id)
+        return mark is not None and event.place is not None and place_of(event.place) <= place_of(mark)
 
 
 class Subscription:
@@ -786,44 +958,74 @@ class Events:
     Everything here is done without a switch between greenlets, so that it needs no lock and a reader can't delay a publisher.
     """
 
-    def __init__(self):
+    def __init__(self, secrets=()):
+        self._secrets = [secret for secret in secrets if len(secret) >= 6]
+        self._marks = {}  # workspace id -> {session id: id of the last event}
         self._rings = {}  # topic -> deque of (count, event)
         self._readers = collections.defaultdict(set)
         self.boot = f'{int(time.time() * 1000):x}'  # ids of another process mean nothing here
         self.count = 0
         self.positions = {}  # workspace id -> how far its log has been published, as text
 
-    def publish(self, event_type, workspace_id, data, *, session_id=None, session_event_id=None, timestamp=None):
-        """Publish an event to the topics of its workspace and session, and return it. In a session it may have an id of its own."""
+    def publish(self, event_type, workspace_id, data, *, session_id=None, session_event_id=None, timestamp=None, last=False):
+        """Publish an event to the topics of its workspace and session, and return it. In a session it has an id of its own."""
         self.count += 1
-        place = f'{self.boot}.{self.count}.{self.positions.get(workspace_id, "")}'
-        event = Event(event_type, workspace_id, place, timestamp or time.time(), data, session_id)
-        event.size += len(data.get('message') or '') if isinstance(data.get('message'), str) else 0
+        data = self.strike(data)
+        if session_event_id is not None:
+            self._marks.setdefault(workspace_id, {})[session_id] = session_event_id
+        event = Event(event_type, workspace_id, self.place(workspace_id), timestamp or time.time(), data, session_id, session_event_id)
+        event.size += len(data['message']) if isinstance(data.get('message'), str) else 0
         self._deliver(workspace_id, event)
         if session_id is not None:
-            self._deliver(session_id, dataclasses.replace(event, id=session_event_id or place))
+            self._deliver(session_id, dataclasses.replace(event, id=session_event_id or event.id))
         if event_type == 'status':
             self._deliver(EVERYTHING, event)
+        if last:
+            self._marks[workspace_id].pop(session_id, None)
         return event
+
+    def place(self, workspace_id, count=None, position=None):
+        """Return where the topic of a workspace is now, as the id of an event; a reader may be elsewhere in it."""
+        marks = ''.join(f'~{session}/{event_id}' for session, event_id in self._marks.get(workspace_id, {}).items())
+        position = self.positions.get(workspace_id, '') if position is None else position
+        return f'{self.boot}.{self.count if count is None else count}.{position}{marks}'
+
+    def strike(self, value):
+        """Return a value with every known secret struck out of its texts."""
+        if not self._secrets:
+            return value
+        if isinstance(value, str):
+            for secret in self._secrets:
+                value = value.replace(secret, '***')
+            return value
+        if isinstance(value, dict):
+            return {key: self.strike(item) for key, item in value.items()}
+        return [self.strike(item) for item in value] if isinstance(value, list) else value
 
     def publish_lines(self, workspace_id, lines, position):
         """Publish lines of a log, (stream, stamp, text), as far as `position` has not seen them.
 
         They are kept by the engine, so not in the ring too.
         """
-        readers = self._readers.get(workspace_id)
-        for event in log_events(workspace_id, lines, self.boot, self.count, position):
-            for reader in readers or ():
+        for event in self.log_events(workspace_id, lines, self.count, position):
+            for reader in self._readers.get(workspace_id, ()):
                 reader.put(event)
         self.positions[workspace_id] = str(position)
+
+    def log_events(self, workspace_id, lines, count, position):
+        """Yield an event for each line that `position` has not seen, and move it on."""
+        for stream, stamp, text in lines:
+            if position.advance(stream, stamp):
+                yield Event('log', workspace_id, self.place(workspace_id, count, str(position)), stamp / 1e9,
+                            {'stream': STREAM_NAMES[stream], 'message': self.strike(text)}, size=200 + len(text))
 
     def recent(self, topic):
         """Return the events that the ring of a topic holds, oldest first."""
         return [event for _, event in self._rings.get(topic, ())]
 
-    def missed(self, topic, boot, count):
-        """Return (count, event) of what came after a position; everything that is held, if it is another process's."""
-        return [(number, event) for number, event in self._rings.get(topic, ()) if boot != self.boot or number > count]
+    def missed(self, topic, count):
+        """Return (count, event) of what is held and came after a count."""
+        return [(number, event) for number, event in self._rings.get(topic, ()) if number > count]
 
     def attach(self, topic, reader):
         """Let a subscription have what is published to a topic from now on."""
@@ -851,19 +1053,12 @@ class Events:
         """Drop the ring of a topic that is no more."""
         self._rings.pop(topic, None)
         self.positions.pop(topic, None)
+        self._marks.pop(topic, None)
 
     def _deliver(self, topic, event):
         self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE)).append((self.count, event))
         for reader in tuple(self._readers.get(topic, ())):
             reader.put(event)
-
-
-def log_events(workspace_id, lines, boot, count, position):
-    """Yield an event for each line that `position` has not seen, and move it on."""
-    for stream, stamp, text in lines:
-        if position.advance(stream, stamp):
-            yield Event('log', workspace_id, f'{boot}.{count}.{position}', stamp / 1e9,
-                        {'stream': STREAM_NAMES[stream], 'message': text}, size=200 + len(text))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -914,6 +1109,7 @@ class Container:
     name: str
     labels: dict
     state: str  # created, running, paused, restarting, removing, exited, dead
+    started_at: str
     exit_code: int
     out_of_memory: bool
     tty: bool
@@ -1054,7 +1250,7 @@ class Engine:
                 return None
         state, limits = found['State'], found['HostConfig']
         return Container(
-            id=found['Id'], name=found['Name'].lstrip('/'), labels=found['Config']['Labels'] or {}, state=state['Status'],
+            id=found['Id'], name=found['Name'].lstrip('/'), labels=found['Config']['Labels'] or {}, state=state['Status'], started_at=state.get('StartedAt', ''),
             exit_code=state.get('ExitCode', 0), out_of_memory=bool(state.get('OOMKilled')), tty=bool(found['Config'].get('Tty')),
             started=not state.get('StartedAt', '0001').startswith('0001'), created_at=parse_time(found['Created']),
             memory=limits.get('Memory') or 0, cpus=(limits.get('NanoCpus') or 0) / 1e9)
@@ -1171,12 +1367,42 @@ class Engine:
         if batch:
             yield batch
 
-    def run(self, container_id, command):
-        """Run a short command in a container; return (exit code, what it printed)."""
+    def run(self, container_id, command, *, user='', env=None):
+        """Run a short command in a container; return (exit code, what it printed). Its environment shows nowhere, its arguments do."""
         with translated('Run a command in a container'):
-            running = self.api.exec_create(container_id, command, stderr=False)
+            running = self.api.exec_create(container_id, command, stderr=False, user=user, environment=env)
             printed = self.api.exec_start(running['Id'])
             return self.api.exec_inspect(running['Id'])['ExitCode'], printed
+
+    def run_detached(self, container_id, command, *, user, env, workdir):
+        """Start a command in a container that needs nobody from then on."""
+        with translated('Start a command in a container'):
+            running = self.api.exec_create(container_id, command, stdout=False, stderr=False, user=user, environment=env, workdir=workdir)
+            self.api.exec_start(running['Id'], detach=True)
+
+    def follow(self, container_id, command, *, user):
+        """Run a command in a container and yield (stream, bytes) of what it prints. Its stdin ends when the reader goes, or is killed."""
+        with translated('Follow a command in a container'):
+            running = self.api.exec_create(container_id, command, stdin=True, user=user)
+            # docker-py's own socket=True may lose what came in one packet with the answer's headers.
+            answer = self.api._post_json(self.api._url('/exec/{0}/start', running['Id']), data={'Tty': False, 'Detach': False},
+                                         headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True)
+            with contextlib.closing(answer):
+                self.api._raise_for_status(answer)
+                yield from read_frames(answer.raw._fp.fp)
+
+    def read_file(self, container_id, path):
+        """Yield the bytes of a file in a container, started or not, piece by piece; nothing when there is none."""
+        with translated(f'Read {path} of a container'):
+            try:
+                chunks, _ = self.api.get_archive(container_id, path)
+            except docker.errors.NotFound:
+                return
+            with tarfile.open(fileobj=Chunks(chunks), mode='r|') as archive:
+                member = archive.next()
+                content = archive.extractfile(member) if member is not None and member.isfile() else None
+                while content is not None and (data := content.read(65536)):
+                    yield data
 
     def usage(self, container_id):
         """Yield {cpuPercent, memoryUsage, memoryLimit} once a second until the container ends; CPU in percent of one core."""
@@ -1205,6 +1431,24 @@ class Engine:
                         yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
 
 
+class Chunks:
+    """An iterator of bytes as a file that can be read once."""
+
+    def __init__(self, chunks):
+        self._chunks = iter(chunks)
+        self._rest = b''
+
+    def read(self, size):
+        """Return at most `size` bytes; none at the end."""
+        while len(self._rest) < size:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self._rest += chunk
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
 def measure(sample):
     """Return a stats record of the engine as {cpuPercent, memoryUsage, memoryLimit}, or None for its first, which has no past.
 
@@ -1229,6 +1473,13 @@ def parse_time(text):
     if not match:
         return time.time()
     return datetime.fromisoformat(match[1] + (match[3] or 'Z').replace('Z', '+00:00')).timestamp() + float(match[2] or 0)
+
+
+def view_time(seconds):
+    """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
 
 
 def make_tar(files):
@@ -1618,6 +1869,7 @@ class Workspaces:
         self._loops = []
         self._checks = gevent.pool.Group()
         self._to_check = set()
+        self.on_connected = []  # called when the engine answers, after `reconcile`
         self._first_try = True
         self._cpus = None  # how many the engine has
 
@@ -1790,6 +2042,7 @@ class Workspaces:
         if workspace.born and workspace.id not in self.engine.volumes():
             raise DockerError('Its volume was removed by someone else, and its files with it. Delete it.')
         self.engine.create_volume(self._engine_name(workspace.id), self._volume_labels(workspace))
+        avoid = set()
         for attempt in range(1, PORT_ATTEMPTS + 1):
             container_id = self._create_container(workspace, image)
             self._still(workspace.id, CREATING, given_up)
@@ -1801,7 +2054,7 @@ class Workspaces:
                 self.engine.remove_container(container_id)
                 if attempt == PORT_ATTEMPTS:
                     raise
-                avoid = {error.port} if error.port else set(workspace.ports.values())
+                avoid |= ({error.port} if error.port else set(workspace.ports.values())) | self.engine.taken()[1]
                 workspace = self.state.claim_ports(workspace.id, avoid=avoid, is_free=self._is_free)
 
     def _create_container(self, workspace, image):
@@ -2060,6 +2313,8 @@ class Workspaces:
         log.info('The Docker engine answers: %d cores, %.1f GB.', info['cpus'], info['memory'] / 1e9)
         self.templates.look()
         self.reconcile()
+        for listener in self.on_connected:
+            self._checks.start(gevent.Greenlet(listener))
         for name in self.config.prebuild:
             self._checks.start(gevent.Greenlet(self._prebuild, name))
         # From the time before the list on, so that nothing in between is missed; what comes twice does no harm.
@@ -2197,15 +2452,354 @@ class Workspaces:
 
 
 # ---------------------------------------------------------------------------------------------
-# Views
+# Agents
 # ---------------------------------------------------------------------------------------------
 
-def view_time(seconds):
-    """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+CANCEL_PATIENCE = 5  # seconds an interrupted agent has for its last record
+LINGER_PATIENCE = 5  # seconds an agent may live on after that record
+WATCH_PAUSE = 0.25  # seconds
+ACTIVITY_PAUSE = 10  # seconds between notes that a running task keeps its workspace alive
+# Prints what the run has written from a byte on, as it comes; ends with the run, and then prints its status on stderr. The reader
+# is known to be gone when stdin ends, so that a server that was killed leaves no `tail` behind.
+FOLLOW = '''
+exec 4>&2 2>/dev/null
+n=0; while [ ! -e "$1/pid" ] && [ ! -e "$1/exit" ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n+1)); done
+if [ -e "$1/exit" ]; then tail -c "+$2" "$1/out"; else
+  exec 3<&0
+  tail -c "+$2" -f -s 0.1 --pid="$(cat "$1/pid")" "$1/out" & t=$!
+  { read -r _ <&3; kill "$t"; } & w=$!
+  wait "$t" || true; kill "$w"
+fi
+n=0; while [ ! -e "$1/exit" ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n+1)); done
+[ -e "$1/exit" ] || kill -0 "$(cat "$1/pid")" || echo 137 >"$1/exit" || echo 137 >&4
+[ ! -e "$1/exit" ] || cat "$1/exit" >&4
+'''
+# The task comes in the environment, in parts: an argument would show in the engine's events, and the kernel limits one string.
+PREPARE = '''
+command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
+command -v "$2" >/dev/null || { echo "$2"; exit 127; }
+umask 077; mkdir -p "$1" && printf %s "$TASK_0$TASK_1$TASK_2$TASK_3$TASK_4$TASK_5$TASK_6$TASK_7" >"$1/task"
+'''
+TASK_PART = 100_000 // 8 + 1  # characters, of at most four bytes each
 
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent is data: a command, its environment, and what translates its lines."""
+
+    name: str
+    command: tuple
+    lines: object
+    env: dict = field(default_factory=dict)
+
+
+class Follower:
+    """A run that is going on, as this process follows it."""
+
+    def __init__(self, session, run, reader, *, fresh):
+        self.session, self.run, self.reader = session, run, reader
+        self.fresh = fresh  # begun by this process, so that nothing of it has been told yet
+        self.caught_up = gevent.event.Event()  # what an earlier process may have told is in the ring
+        self.heard_at = time.monotonic()
+        self.greenlet = self.watchdog = None
+
+
+class Agents:
+    """Agents at work in workspaces. One greenlet follows each run by the file that it writes; the run itself needs nobody."""
+
+    def __init__(self, config, state, events, engine):
+        self.config, self.state, self.events, self.engine = config, state, events, engine
+        self._followers = {}  # session id -> Follower
+        self.published = {}  # session id -> place of the last event that this process has published
+        self.resumed = gevent.event.Event()  # set when the runs of an earlier process have been taken up
+        common = config.agent_keys() | {'HOME': f'/home/{USER}', 'CLAUDE_CONFIG_DIR': self._folder('claude')}
+        claude = {'CLAUDE_CODE_ENABLE_TODO_TOOLS': '1', 'CLAUDE_CODE_ENABLE_TASKS': '0', 'CLAUDE_CODE_MAX_RETRIES': '4',
+                  'CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC': '1', 'DISABLE_AUTOUPDATER': '1'}
+        self.agents = {'claude': Agent('claude', ('claude',), ClaudeLines, common | claude)}
+        if config.agent_command:
+            self.agents['command'] = Agent('command', config.agent_command, CommandLines, common)
+
+    # Verbs
+
+    def execute(self, wish):
+        """Begin a task for a checked body of POST /api/agent/execute; return (session, its new run). The task has begun then."""
+        workspace = self.state.get(wish['workspaceId'])
+        if workspace.status != RUNNING:
+            raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status}; start it, and wait until it is running.')
+        session = self._session_for(wish, workspace)
+        agent = self._agent(wish.get('agent') or session.agent)
+        container = self.engine.find(workspace.id)
+        if container is None or not container.up:
+            raise WorkspaceNotRunning(f'The container of workspace {workspace.name} does not run.')
+        run = Run(number=len(session.runs) + 1, id='run-' + secrets.token_hex(8), task=shorten(wish['task'], 1000), started_at=time.time(),
+                  timeout=min(wish.get('timeout') or self.config.agent_timeout, self.config.agent_timeout), boot=container.started_at)
+        session = self.state.begin_run(session, run, limit=self.config.agent_max_tasks)
+        run = session.runs[-1]
+        try:
+            self._launch(workspace, container, session, run, agent, wish)
+        except BaseException as error:
+            self._end(session, run, {'ok': False, 'code': getattr(error, 'code', BackendError.code), 'message': str(error)}, None)
+            raise
+        self._follow(session, run, fresh=True)
+        return session, run
+
+    def cancel(self, session_id):
+        """Interrupt the run of a session. It ends with an error event, within seconds."""
+        session = self.state.session(session_id)
+        run = session.runs[-1]
+        if run.state == RUNNING and not run.stop:
+            self.state.update_run(session_id, run.number, stop=['AGENT_CANCELLED', 'The task was cancelled.'])
+        return self.state.session(session_id)
+
+    def remove(self, session_id):
+        """Forget a session and delete its transcript; raise SessionBusy while it runs."""
+        session = self.state.remove_session(session_id)
+        self.events.forget(session_id)
+        self.published.pop(session_id, None)
+        container = self.engine.find(session.workspace_id)
+        if container is not None and container.up:
+            self.engine.run(container.id, ['rm', '-rf', *[self._run_folder(run) for run in session.runs]], user=USER)
+
+    def resume(self):
+        """Take up the runs that an earlier process has begun; called when the engine answers."""
+        for session in self.state.sessions():
+            if session.runs[-1].state == RUNNING and session.id not in self._followers:
+                self._follow(session, session.runs[-1], fresh=False)
+        for follower in list(self._followers.values()):
+            follower.caught_up.wait(30)
+        self.resumed.set()
+
+    def close(self):
+        """End all followers; the runs go on."""
+        greenlets = [greenlet for follower in self._followers.values() for greenlet in (follower.greenlet, follower.watchdog)]
+        gevent.killall(greenlets, timeout=5)
+        self._followers.clear()
+
+    def replay(self, session, after=(0, 0, 0)):
+        """Yield the events of a session after a place, (place, event), made anew from what its runs have written."""
+        for run in session.runs:
+            if (run.number, LAST_LINE, 0) <= after:
+                continue
+            for place, kind, data, stamp in self._events_of(session, run):
+                if place > after:
+                    yield place, Event(kind, session.workspace_id, event_id_of(place), parse_time(stamp) if stamp else run.ended_at or run.started_at,
+                                       self.events.strike(data), session.id)
+
+    # Runs
+
+    def _session_for(self, wish, workspace):
+        session_id = wish.get('sessionId') or 'session-' + secrets.token_hex(6)
+        try:
+            session = self.state.session(session_id)
+        except SessionNotFound:
+            return Session(id=session_id, workspace_id=workspace.id, agent=self._agent(wish.get('agent') or self.config.default_agent).name,
+                           created_at=time.time())
+        if session.workspace_id != workspace.id:
+            raise ValidationError(f'sessionId: session {session_id} belongs to another workspace, {session.workspace_id}; choose another id')
+        if wish.get('agent', session.agent) != session.agent:
+            raise ValidationError(f'agent: session {session_id} belongs to agent {session.agent}; choose another session')
+        return session
+
+    def _agent(self, name):
+        if name not in self.agents:
+            hint = '; set AGENT_COMMAND for it' if name == 'command' else ''
+            raise ValidationError(f"agent: there is no agent {name[:80]!r}{hint}; known are {', '.join(self.agents)}")
+        return self.agents[name]
+
+    def _folder(self, name):
+        return f'{self.config.workspace_base_path}/.agentbackend/{name}'
+
+    def _run_folder(self, run):
+        return self._folder(f'runs/{run.id}')
+
+    def _launch(self, workspace, container, session, run, agent, wish):
+        """Write the task and start the agent, detached from everybody."""
+        parts = {f'TASK_{number}': wish['task'][number * TASK_PART:(number + 1) * TASK_PART] for number in range(8)}
+        code, missing = self.engine.run(container.id, ['sh', '-c', PREPARE, 'sh', self._run_folder(run), agent.command[0]], user=USER, env=parts)
+        if code == 127:
+            raise ValidationError(f'agent: the image of this workspace has no {missing.decode().strip()!r}, which agent {agent.name} needs')
+        if code != 0:
+            raise DockerError(f'The run could not be prepared in the workspace: {missing.decode().strip()[-500:]}')
+        command = list(agent.command)
+        if agent.name == 'claude':
+            command += ['-p', '--output-format', 'stream-json', '--verbose', '--dangerously-skip-permissions',
+                        '--resume' if session.conversed else '--session-id', session.agent_session_id]
+            for option, key in (('--max-turns', 'maxTurns'), ('--max-budget-usd', 'maxBudgetUsd'), ('--model', 'model')):
+                command += [option, str(wish[key])] if key in wish else []
+        self.engine.run_detached(container.id, ['agent-run', self._run_folder(run), *command], user=USER,
+                                 env=agent.env | {'AGENT_RUN_ID': run.id}, workdir=f'{self.config.workspace_base_path}/{workspace.folder}')
+
+    def _follow(self, session, run, *, fresh):
+        follower = Follower(session, run, RunReader(run.number, self.agents[session.agent].lines()), fresh=fresh)
+        self._followers[session.id] = follower
+        follower.greenlet = gevent.spawn(self._follow_to_the_end, follower)
+        follower.watchdog = gevent.spawn(self._watch, follower)
+
+    def _follow_to_the_end(self, follower):
+        """Publish the events of a run until it has ended, whatever happens to the engine meanwhile."""
+        session, run = follower.session, follower.run
+        try:
+            self._publish(follower, [self._first_event(session, run)])
+            outcome = None
+            while outcome is None:
+                try:
+                    outcome = self._follow_once(follower)
+                except EngineUnavailable as error:
+                    log.debug('Run %s waits for the engine: %s', run.id, error)
+                if outcome is None:
+                    gevent.sleep(0.2)
+            self._end(session, run, outcome, follower)
+        except Exception as error:
+            self._end(session, run, {'ok': False, 'code': BackendError.code, 'message': str(internal_error(error))}, follower)
+        finally:
+            follower.caught_up.set()
+            if self._followers.get(session.id) is follower:
+                del self._followers[session.id]
+            follower.watchdog.kill(block=False)
+
+    def _follow_once(self, follower):
+        """Read what the run has written, and what it writes; return its outcome, or None to come again."""
+        run, reader = follower.run, follower.reader
+        container = self.engine.find(follower.session.workspace_id)
+        alive = container is not None and container.up and container.started_at == run.boot
+        if not alive or not (follower.fresh or follower.caught_up.is_set()):
+            self._read_file(follower, container, ended=not alive)
+            follower.caught_up.set()
+        if not alive:
+            return reader.lines.outcome or {'ok': False, 'code': 'AGENT_INTERRUPTED', 'message': 'The workspace was stopped or deleted while the task ran.'}
+        status = b''
+        for stream, data in self.engine.follow(container.id, ['sh', '-c', FOLLOW, 'sh', self._run_folder(run), str(reader.offset + 1)], user=USER):
+            if stream == STDERR:
+                status += data
+            else:
+                follower.heard_at = time.monotonic()
+                self._publish(follower, reader.take(data))
+        if not status.strip().isdigit():
+            return None
+        self._publish(follower, reader.take(b'', ended=True))
+        reader.lines.end(int(status))
+        return reader.lines.outcome or self._silent_end(run, container, int(status))
+
+    def _read_file(self, follower, container, *, ended):
+        """Take what a run has written so far, of a container that may be stopped."""
+        if container is not None:
+            skip = follower.reader.offset
+            for data in self.engine.read_file(container.id, f'{self._run_folder(follower.run)}/out'):
+                new, skip = data[skip:], max(0, skip - len(data))
+                self._publish(follower, follower.reader.take(new))
+        if ended:
+            self._publish(follower, follower.reader.take(b'', ended=True))
+
+    def _silent_end(self, run, container, status):
+        said = self.engine.run(container.id, ['tail', '-c', '2000', f'{self._run_folder(run)}/err'], user=USER)[1].decode('utf-8', 'replace').strip()
+        return {'ok': False, 'code': 'AGENT_FAILED',
+                'message': f"The agent ended with exit code {status} and without a result. It said last: {said or '(nothing)'}"}
+
+    @staticmethod
+    def _first_event(session, run):
+        return (run.number, 0, 0), 'log', {'stream': 'agent', 'message': f'Task {run.number} of session {session.id} is with {session.agent}.',
+                                           'runId': run.id, 'agent': session.agent}, view_time(run.started_at)
+
+    def _events_of(self, session, run):
+        """Yield (place, type, data, time or None) of a run, from its beginning on."""
+        yield self._first_event(session, run)
+        reader = RunReader(run.number, self.agents[session.agent].lines() if session.agent in self.agents else CommandLines())
+        container = self.engine.find(session.workspace_id)
+        for data in self.engine.read_file(container.id, f'{self._run_folder(run)}/out') if container else ():
+            yield from reader.take(data)
+        if run.state != RUNNING:
+            yield from reader.take(b'', ended=True)
+            yield (run.number, LAST_LINE, 0), run.end['type'], run.end['data'], view_time(run.ended_at)
+
+    def _publish(self, follower, events):
+        for place, kind, data, stamp in events:
+            self.events.publish(kind, follower.session.workspace_id, data, session_id=follower.session.id, session_event_id=event_id_of(place),
+                                timestamp=parse_time(stamp) if stamp else None)
+            self.published[follower.session.id] = place
+
+    def _end(self, session, run, outcome, follower):
+        """Write down how a run ended, sweep up if it was ended, and tell: one result or one error event is the last."""
+        run = self.state.session(session.id).runs[run.number - 1] if self._knows(session) else run
+        if run.stop and not outcome['ok']:
+            outcome = outcome | {'code': run.stop[0], 'message': run.stop[1]}
+        if run.stop or (not outcome['ok'] and follower is not None):
+            self._sweep(session, run)
+        total = outcome.get('total_cost_usd')
+        figures = {'runId': run.id, 'durationMs': outcome.get('durationMs') or int((time.time() - run.started_at) * 1000), 'turns': outcome.get('turns'),
+                   'costUsd': None if total is None else round(max(0, total - session.total_cost_usd), 6)}
+        kind = 'result' if outcome['ok'] else 'error'
+        data = figures | (outcome['data'] if outcome['ok'] else {'code': outcome['code'], 'message': outcome['message']})
+        state = 'completed' if outcome['ok'] else 'cancelled' if outcome['code'] == 'AGENT_CANCELLED' else 'failed'
+        conversed = follower is not None and follower.reader.lines.conversed and outcome.get('code') != 'AGENT_UNKNOWN_CONVERSATION'
+        self.state.end_run(session.id, run.number, state=state, end={'type': kind, 'data': self.events.strike(data)}, total_cost_usd=total,
+                           conversed=(session.conversed or conversed) and outcome.get('code') != 'AGENT_UNKNOWN_CONVERSATION')
+        log.info('Run %s of session %s %s%s.', run.id, session.id, state, '' if outcome['ok'] else f": {outcome['code']}")
+        place = (run.number, LAST_LINE, 0)
+        self.events.publish(kind, session.workspace_id, data, session_id=session.id, session_event_id=event_id_of(place), last=True)
+        self.published[session.id] = place
+
+    def _knows(self, session):
+        with contextlib.suppress(SessionNotFound):
+            return self.state.session(session.id) is not None
+        return False
+
+    def _watch(self, follower):
+        """Keep the workspace of a run alive, and end a run that is cancelled, silent, too long, or lives on after its last word."""
+        interrupted_at = last_word_at = None
+        noted_at = 0
+        while True:
+            gevent.sleep(WATCH_PAUSE)
+            now = time.monotonic()
+            try:
+                run = self.state.session(follower.session.id).runs[follower.run.number - 1]
+                if now - noted_at > ACTIVITY_PAUSE:
+                    self.state.update(follower.session.workspace_id, flush=False, last_activity_at=time.time())
+                    noted_at = now
+                if run.stop and interrupted_at is None:
+                    self._signal(follower.session, run, 'INT')
+                    interrupted_at = now
+                elif run.stop and now - interrupted_at > CANCEL_PATIENCE:
+                    self._sweep(follower.session, run)
+                    interrupted_at = now
+                elif not run.stop and follower.reader.lines.outcome is not None:
+                    last_word_at = last_word_at or now
+                    if now - last_word_at > LINGER_PATIENCE:
+                        self._signal(follower.session, run, 'KILL')
+                elif not run.stop:
+                    self._check_time(follower, run, now)
+            except (Superseded, SessionNotFound):
+                log.debug('The workspace of run %s is gone.', follower.run.id)
+                return
+            except DockerError as error:
+                log.debug('Run %s: %s', follower.run.id, error)
+
+    def _check_time(self, follower, run, now):
+        if now - follower.heard_at > self.config.agent_idle_timeout:
+            stop = ['AGENT_IDLE_TIMEOUT', f'The agent said nothing for AGENT_IDLE_TIMEOUT={self.config.agent_idle_timeout} s, and was ended.']
+        elif time.time() - run.started_at > run.timeout:
+            stop = ['AGENT_TIMEOUT', f'The task took more than its {run.timeout} s, and was ended.']
+        else:
+            return
+        self.state.update_run(follower.session.id, run.number, stop=stop)
+
+    def _signal(self, session, run, name):
+        """Send a signal to the agent itself: its children would take an interrupt for their own."""
+        self._in_container(session, ['sh', '-c', f'kill -s {name} "$(cat "$1/pid")"', 'sh', self._run_folder(run)])
+
+    def _sweep(self, session, run):
+        """Kill everything that carries the run's id in its environment."""
+        with contextlib.suppress(DockerError):
+            self._in_container(session, ['agent-sweep', run.id])
+
+    def _in_container(self, session, command):
+        container = self.engine.find(session.workspace_id)
+        if container is not None and container.state == 'running':
+            self.engine.run(container.id, command, user=USER)
+
+
+# ---------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------
 
 def view_workspace(workspace):
     """Return a workspace as a list shows it."""
@@ -2228,6 +2822,28 @@ def view_workspace_details(workspace, usage, config):
         'gitUrl': workspace.git_url or None, 'gitBranch': workspace.git_branch or None, 'labels': workspace.labels,
         'error': workspace.error or None, 'ttl': workspace.ttl, 'lastActivityAt': view_time(workspace.last_activity_at),
         'resources': usage}
+
+
+def view_session(session):
+    """Return a session as a list shows it."""
+    last = session.runs[-1]
+    return {'id': session.id, 'workspaceId': session.workspace_id, 'agent': session.agent, 'state': last.state,
+            'createdAt': view_time(session.created_at), 'lastActivityAt': view_time(last.ended_at or last.started_at), 'runs': len(session.runs)}
+
+
+def view_session_details(session):
+    """Return a session with its runs."""
+    return view_session(session) | {'agentSessionId': session.agent_session_id, 'totalCostUsd': session.total_cost_usd,
+                                    'runs': [view_run(run) for run in session.runs]}
+
+
+def view_run(run):
+    """Return a run: its task and times, and how it ended."""
+    end = run.end['data'] if run.end else {}
+    return {'id': run.id, 'number': run.number, 'state': run.state, 'task': run.task, 'startedAt': view_time(run.started_at),
+            'endedAt': view_time(run.ended_at), 'timeout': run.timeout, 'turns': end.get('turns'), 'durationMs': end.get('durationMs'),
+            'costUsd': end.get('costUsd'), 'result': end.get('message') if run.state == 'completed' else None,
+            'error': {'code': end.get('code'), 'message': end.get('message')} if run.state in ('failed', 'cancelled') else None}
 
 
 def view_image(state):
@@ -2351,29 +2967,38 @@ def catch_up(backend, workspace_id, reader, pump, *, cursor=None, tail=DEFAULT_T
     events, workspace = backend.events, backend.state.get(workspace_id)
     count = events.count if cursor is None else cursor.count if cursor.boot == events.boot else 0
     position = cursor.position.copy() if cursor and cursor.position else None
-    place = lambda: f'{events.boot}.{count}.{position or ""}'  # noqa: E731 - it means what it means where it is called
+
+    def place():
+        return events.place(workspace_id, count, str(position or ''))
+
+    def missed():
+        nonlocal count
+        for number, event in events.missed(workspace_id, count):
+            count = number
+            if cursor is None or cursor.boot == events.boot or not cursor.has_seen(event):
+                yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None)]
+
     yield [status_event(workspace, place())]
     if cursor is None and workspace.status in (CREATING, ERROR) and tail:
         yield [event for event in events.recent(workspace_id) if event.type == 'log'][-tail:]
-    while not pump.ready.wait(1):
-        missed = events.missed(workspace_id, events.boot, count)
-        count = events.count
-        yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None) for _, event in missed]
+    while not (backend.agents.resumed.wait(1) and pump.ready.wait(1)):
+        if not backend.agents.resumed.is_set():
+            yield []
+        else:
+            yield from missed()
+            yield []
     live = Subscription()
     for _ in range(CATCH_UP_ROUNDS):
         barrier = pump.position.copy()
         events.attach(workspace_id, live)
         try:
-            missed = events.missed(workspace_id, events.boot, count)
-            for number, event in missed:
-                count = number
-                yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None)]
+            yield from missed()
             for lines in backend.logs.read(workspace_id, position=position, tail=tail if position is None else None):
                 if position is None:
                     before = min(stamp for _, stamp, _ in lines) - 1
                     position = LogPosition((before, 0), (before, 0))
                 covered = [line for line in lines if barrier.covers(line[0], line[1])]
-                batch = list(log_events(workspace_id, covered, events.boot, count, position))
+                batch = list(events.log_events(workspace_id, covered, count, position))
                 for start in range(0, len(batch), BATCH):
                     yield batch[start:start + BATCH]
         finally:
@@ -2405,7 +3030,7 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
 
     `departure(callback)` gives an object that calls back when the client leaves, and that is closed in the end.
     """
-    reader, place = Subscription(), str(cursor or '')
+    reader, place = Subscription(), ''
     watch = departure(reader.close)
     try:
         with backend.streams.opened(reader), backend.logs.watched(workspace_id) as pump:
@@ -2429,18 +3054,48 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
         backend.events.detach(workspace_id, reader)
 
 
-def session_events(backend, session_id, *, after, departure):
-    """Yield lists of events of a session for ever, an empty one as a sign of life. The session may be yet to come."""
+def session_events(backend, session_id, *, after, departure, until=None):
+    """Yield lists of events of a session for ever, or to the place `until`; an empty one as a sign of life.
+
+    The session may be yet to come. What this process did not see, or a slow reader missed, comes from the files of the runs.
+    """
     reader = Subscription()
-    watch = departure(reader.close)
+    watch = departure(lambda: reader.close())
     try:
-        with backend.streams.opened(reader), backend.events.subscribed(session_id) as live:
-            reader = live
-            yield [event for event in backend.events.recent(session_id) if after is None or event.id > after]
+        with backend.streams.opened(reader):
+            while not backend.agents.resumed.wait(HEARTBEAT):
+                yield []
+            lost = True
             while not reader.closed:
-                yield reader.take(HEARTBEAT)[1]
+                if lost:
+                    reader.drain()
+                    backend.events.attach(session_id, reader)
+                    for place, event in told(backend, session_id, after):
+                        after = place
+                        yield [event]
+                lost, batch = reader.take(HEARTBEAT) if until is None or after < until else (0, [])
+                batch = [event for event in batch if place_of(event.id) > after] if not lost else []
+                after = place_of(batch[-1].id) if batch else after
+                yield batch
+                if until is not None and after >= until:
+                    return
     finally:
         watch.close()
+        backend.events.detach(session_id, reader)
+
+
+def told(backend, session_id, after):
+    """Yield (place, event) of what has been published of a session after a place, read from its files."""
+    try:
+        session = backend.state.session(session_id)
+    except SessionNotFound:
+        return
+    barrier = backend.agents.published.get(session_id, (0, 0, 0))
+    running = session.runs[-1].number if session.runs[-1].state == RUNNING else None
+    for place, event in backend.agents.replay(session, after):
+        if place[0] == running and place > barrier:
+            return
+        yield place, event
 
 
 def sse_stream(batches):
@@ -2654,6 +3309,7 @@ class Call:
     last_event_id: str
     departure: object
     websocket: object
+    accept: str = ''
 
 
 @dataclass(frozen=True)
@@ -2747,15 +3403,72 @@ def read_log(backend, call):
         batches = workspace_events(backend, workspace.id, cursor=cursor, tail=10_000_000 if tail is None else tail, departure=call.departure)
     else:
         lines = backend.logs.read(workspace.id, position=position, tail=tail)
-        batches = (list(log_events(workspace.id, batch, '', 0, position or LogPosition())) for batch in lines)
+        batches = (list(backend.events.log_events(workspace.id, batch, 0, position or LogPosition())) for batch in lines)
     return Reply(stream=text_stream(batches), headers={**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'})
+
+
+def execute_task(backend, call):
+    """Give an agent a task, and stream what it does as SSE to its end. The task goes on when the stream is left.
+
+    With `Accept: application/json` it answers 202 with the ids at once.
+    """
+    if 'application/json' not in call.accept:
+        backend.streams.admit()
+    session, run = backend.agents.execute(call.body)
+    headers = {'X-Session-Id': session.id, 'X-Run-Id': run.id, 'Location': f'/api/agent/sessions/{session.id}'}
+    if 'application/json' in call.accept:
+        return Reply({'sessionId': session.id, 'runId': run.id, 'workspaceId': session.workspace_id, 'agent': session.agent}, 202, headers)
+    batches = session_events(backend, session.id, after=(run.number, -1, 0), departure=call.departure, until=(run.number, LAST_LINE, 0))
+    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS | headers)
 
 
 def follow_session(backend, call):
     """Stream the events of an agent session as SSE. The session may be yet to come."""
+    after = call.query.get('after', call.last_event_id)
+    after = place_of(after) if after else (0, 0, 0)
     backend.streams.admit()
-    batches = session_events(backend, call.path['session_id'], after=call.query.get('after', call.last_event_id), departure=call.departure)
+    batches = session_events(backend, call.path['session_id'], after=after, departure=call.departure)
     return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
+
+
+def list_sessions(backend, call):
+    """List agent sessions, oldest first."""
+    found = backend.state.sessions()
+    if 'workspaceId' in call.query:
+        workspace = backend.state.get(call.query['workspaceId'])
+        found = [item for item in found if item.workspace_id == workspace.id]
+    found = [item for item in found if call.query.get('agent', item.agent) == item.agent]
+    found = [item for item in found if call.query.get('state', item.runs[-1].state) == item.runs[-1].state]
+    return Reply([view_session(item) for item in found])
+
+
+def get_session(backend, call):
+    """Get an agent session with its runs."""
+    return Reply(view_session_details(backend.state.session(call.path['id'])))
+
+
+def get_transcript(backend, call):
+    """Get the events of a session as JSON, `limit` at a time; `next` is what `after` must be for the ones that follow."""
+    session = backend.state.session(call.path['id'])
+    after = place_of(call.query['after']) if call.query.get('after') else (0, 0, 0)
+    limit, found = call.query.get('limit', 1000), []
+    for _, event in told(backend, session.id, after):
+        found.append(event)
+        if len(found) > limit:
+            break
+    shown = found[:limit]
+    return Reply({'events': [json.loads(view_event(event)) for event in shown], 'next': shown[-1].id if len(found) > limit else None})
+
+
+def cancel_session(backend, call):
+    """Interrupt the task of a session. It ends with an error event, AGENT_CANCELLED, within seconds."""
+    return Reply(view_session_details(backend.agents.cancel(call.path['id'])), 202)
+
+
+def delete_session(backend, call):
+    """Forget a session and delete its transcript."""
+    backend.agents.remove(call.path['id'])
+    return Reply({'id': call.path['id'], 'deleted': True})
 
 
 def open_websocket(backend, call):
@@ -2828,6 +3541,12 @@ ROUTES = (
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query'),
     Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query'),
+    Route('POST', '/api/agent/execute', execute_task, body='agent-execute'),
+    Route('GET', '/api/agent/sessions', list_sessions, query='session-list-query'),
+    Route('GET', '/api/agent/sessions/<id>', get_session),
+    Route('GET', '/api/agent/sessions/<id>/events', get_transcript, query='transcript-query'),
+    Route('POST', '/api/agent/sessions/<id>/cancel', cancel_session),
+    Route('DELETE', '/api/agent/sessions/<id>', delete_session),
     Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query'),
     Route('GET', '/agent/ws', open_websocket, open=True),
     Route('POST', '/api/tickets', issue_ticket),
@@ -2866,7 +3585,7 @@ def endpoint(backend, route):
             query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
             body = read_body(backend.schemas, route.body, environ) if route.body else None
             reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
-                                                departure_of(environ), environ.get('wsgi.websocket')))
+                                                departure_of(environ), environ.get('wsgi.websocket'), environ.get('HTTP_ACCEPT', '')))
             if reply.stream is not None:
                 return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
             return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
@@ -2926,7 +3645,7 @@ def read_body(schemas, name, environ):
 
 MAX_CONNECTIONS = 5000
 CORS_METHODS = 'GET, HEAD, POST, PUT, PATCH, DELETE'
-CORS_EXPOSED = 'Location, Allow, WWW-Authenticate, Retry-After'
+CORS_EXPOSED = 'Location, X-Session-Id, X-Run-Id, Allow, WWW-Authenticate, Retry-After'
 
 
 @dataclass
@@ -2941,6 +3660,7 @@ class Backend:
     templates: Templates
     logs: Logs
     workspaces: Workspaces
+    agents: Agents
     streams: Streams
     started_at: float = field(default_factory=time.monotonic)
 
@@ -2961,13 +3681,14 @@ def make_backend(config):
     """Put the parts together; nothing goes on until `open` is called."""
     state = State(Path(config.state_dir) / f'{config.instance}.json',
                   {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports, 'custom': config.custom_ports})
-    events = Events()
+    events = Events(config.secrets())
     engine = Engine(host=config.docker_host, tls_verify=config.docker_tls_verify, cert_path=config.docker_cert_path, instance=config.instance)
     templates = Templates(engine, [DATA / 'templates', *filter(None, [config.templates_dir])], base_image=config.base_image,
                           debian_mirror=config.debian_mirror, ca_certs=config.extra_ca_certs, timeout=config.build_timeout)
     logs = Logs(events, engine)
-    workspaces = Workspaces(config, state, events, engine, templates, logs)
-    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, logs, workspaces, Streams(config.max_streams))
+    workspaces, agents = Workspaces(config, state, events, engine, templates, logs), Agents(config, state, events, engine)
+    workspaces.on_connected.append(agents.resume)
+    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, logs, workspaces, agents, Streams(config.max_streams))
 
 
 def make_app(backend):
@@ -3183,7 +3904,8 @@ def main():
     try:
         config = Config.from_env(os.environ)
         logging.basicConfig(level=config.log_level, format='%(asctime)s %(levelname)s %(message)s', stream=sys.stderr)
-        logging.getLogger('urllib3').setLevel(max(logging.INFO, logging.getLogger().level))
+        for chatty in ('urllib3', 'geventwebsocket'):
+            logging.getLogger(chatty).setLevel(max(logging.INFO, logging.getLogger().level))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each stream is an open file, and 1024 is a common limit
         serve(config)

@@ -77,10 +77,12 @@ class Handler(WebSocketHandler):
 
     @staticmethod
     def refusal(status, text):
+        """Return the body that tells why a request is refused."""
         raise NotImplementedError
 
     @staticmethod
     def may_upgrade(environ):
+        """Tell whether a WebSocket is granted."""
         raise NotImplementedError
 
     def read_requestline(self):
@@ -162,6 +164,7 @@ class WSGIServer(gevent.pywsgi.WSGIServer):
         super().__init__(*args, **options)
 
     def init_socket(self):
+        """Make the listening socket with options that its connections inherit."""
         super().init_socket()
         # Headers and body are two writes, and without this the second waits 40 ms for the first to be acknowledged.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -358,6 +361,7 @@ MAX_LINE = 2**20  # bytes of one line; the rest of a longer one is left out
 
 @functools.lru_cache(maxsize=4)
 def parse_second(text):
+    """Return the seconds since the epoch of a stamp without its fraction; lines of a log mostly share one."""
     return int(datetime.fromisoformat(text + '+00:00').timestamp())
 
 
@@ -429,6 +433,21 @@ class LogLines:
     @staticmethod
     def _line(stream, stamp, content):
         return (stream or STDOUT), parse_stamp(stamp.decode('ascii')), bytes(content[:MAX_LINE]).decode('utf-8', 'replace').rstrip('\r\n')
+
+
+def read_frames(stream):
+    """Yield (stream, bytes) of what a command prints, as the engine frames it, until the connection ends."""
+    while True:
+        header = stream.read(8)
+        if len(header) < 8:
+            return
+        left = int.from_bytes(header[4:], 'big')
+        while left:
+            data = stream.read1(min(left, 65536))
+            if not data:
+                return
+            left -= len(data)
+            yield header[0], data
 
 
 class LogPosition:

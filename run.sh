@@ -140,7 +140,7 @@ lint() {
     need shellcheck=shellcheck
     .venv/bin/ruff check .
     local scripts
-    mapfile -t scripts < <(git ls-files --cached --others --exclude-standard | xargs grep -lE '^#!.*(/| )(ba|da)?sh$' --)
+    mapfile -t scripts < <(git ls-files --cached --others --exclude-standard | xargs awk 'FNR == 1 && /^#!.*(\/| )(ba|da)?sh$/ { print FILENAME }')
     shellcheck "${scripts[@]}"
     say "nothing to complain about"
 }

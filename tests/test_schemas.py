@@ -6,7 +6,15 @@ import jsonschema
 import pytest
 from conftest import ROOT
 
-from agentbackend import ROUTES, Schemas, UnsupportedMediaType, ValidationError, parse_json, read_body, read_query
+from agentbackend import (
+    ROUTES,
+    Schemas,
+    UnsupportedMediaType,
+    ValidationError,
+    parse_json,
+    read_body,
+    read_query,
+)
 
 SCHEMAS = Schemas(ROOT / 'schemas')
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJqfHD5e me@box'

@@ -298,15 +298,18 @@ def test_close_writes_what_was_not_waited_for(open_state):
     state.close()
 
 
-def test_close_leaves_nobody_waiting_and_the_newest_on_disk(open_state, monkeypatch):
-    """A write that is at work in its thread must not be overtaken by the last one, nor may who waits for it be forgotten."""
-    state = open_state()
+def test_close_waits_for_the_write_at_work_and_leaves_the_newest_on_disk(open_state, monkeypatch):
+    """Two writes at once would share one temporary file."""
+    state, at_work, most = open_state(), [], []
     workspace = state.reserve(draft())
     write = agentbackend.write_atomically
 
     def slowly(path, text):
+        at_work.append(path)
+        most.append(len(at_work))
         gevent.monkey.get_original('time', 'sleep')(0.05)
         write(path, text)
+        at_work.pop()
 
     monkeypatch.setattr(agentbackend, 'write_atomically', slowly)
     waiting = [gevent.spawn(state.update, workspace.id, error=str(number)) for number in range(3)]
@@ -315,7 +318,16 @@ def test_close_leaves_nobody_waiting_and_the_newest_on_disk(open_state, monkeypa
     gevent.sleep(0)
     state.close()
     assert len(gevent.joinall([*waiting, late], timeout=2)) == 4
-    assert kept(state.path)[workspace.id]['error'] == 'late'
+    assert kept(state.path)[workspace.id]['error'] == 'late' and max(most) == 1
+
+
+def test_close_leaves_nobody_waiting(open_state):
+    state = open_state()
+    workspace = state.reserve(draft())
+    last = gevent.spawn(state.update, workspace.id, error='last')  # comes while the writer is being ended
+    state.close()
+    assert last.get(timeout=2).error == 'last'
+    assert kept(state.path)[workspace.id]['error'] == 'last'
 
 
 def test_only_the_owner_can_read_the_file(open_state):

@@ -1,0 +1,267 @@
+"""What agents print, made into events; knows nothing of workspaces, and nothing of time.
+
+Plans         steps and finished tool calls as progress
+Translators   from the lines of an agent to events
+Runs          from the bytes of a run to events with their places
+"""
+import json
+
+MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
+MAX_WORDS = 8192  # characters of one message
+
+# ---------------------------------------------------------------------------------------------
+# Plans
+# ---------------------------------------------------------------------------------------------
+
+class Plan:
+    """What a run has told of its steps; makes the progress events, only where something has changed."""
+
+    def __init__(self):
+        self._last = None
+        self._planned = False
+        self._done = 0
+
+    def steps(self, steps):
+        """Take a plan as [(text, state)]; state is pending, in_progress or completed."""
+        if not steps:
+            return []
+        self._planned = True
+        states = [state for _, state in steps]
+        if 'in_progress' in states:
+            index = states.index('in_progress')
+            return self._progress(index + 1, len(steps), steps[index][0])
+        done = states.count('completed')
+        if done == len(steps):
+            return self._progress(done, len(steps), 'All steps are done')
+        return self._progress(done, len(steps), next(text for text, state in steps if state != 'completed'))
+
+    def tool_done(self, title):
+        """Count a finished tool call: all the progress there is to tell where there is no plan. The total is not known."""
+        self._done += 1
+        return [] if self._planned else self._progress(self._done, None, title)
+
+    def _progress(self, step, total, message):
+        progress = {'step': step, 'total': total, 'message': shorten(message)}
+        if progress == self._last:
+            return []
+        self._last = progress
+        return [('progress', progress)]
+
+
+def shorten(text, limit=MAX_WORDS):
+    """Return text of at most `limit` characters, and say how much was left out."""
+    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    return text if len(text) <= limit else f'{text[:limit]}… ({len(text) - limit} more characters)'
+
+
+# ---------------------------------------------------------------------------------------------
+# Translators
+# ---------------------------------------------------------------------------------------------
+
+class CommandLines:
+    """The lines of the `command` agent: one of our events as JSON, or plain text. `line` gives [(type, data)].
+
+    `outcome` is None until the agent has told its end, then {'ok', 'data' or 'code' and 'message'}.
+    """
+
+    KINDS = ('progress', 'log', 'message', 'result', 'error')
+
+    def __init__(self):
+        self.outcome = None
+        self.stamp = None
+        self.conversed = True
+
+    def end(self, status):
+        """Take the exit status: a script that says nothing of its end is judged by it."""
+        if self.outcome is None and status == 0:
+            self.outcome = {'ok': True, 'data': {'message': ''}}
+
+    def line(self, text):
+        """Return the events of one line. A result or error record is the end; it becomes the run's last event."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}), dict):
+            return [('message', {'message': shorten(text)})] if text.strip() else []
+        data = {key: shorten(value) if isinstance(value, str) else value for key, value in record.get('data', {}).items()}
+        if record['type'] == 'result':
+            self.outcome = self.outcome or {'ok': True, 'data': data}
+            return []
+        if record['type'] == 'error':
+            self.outcome = self.outcome or {'ok': False, 'code': str(data.get('code', 'AGENT_FAILED')), 'message': str(data.get('message', 'The agent failed.'))}
+            return []
+        return [(record['type'], data)]
+
+
+class ClaudeLines:
+    """The lines of Claude Code's `--output-format stream-json`. Unknown records and fields come with every release and are passed over."""
+
+    ENDS = {'error_max_turns': ('AGENT_MAX_TURNS', 'The task needed more turns than maxTurns allows.'),
+            'error_max_budget_usd': ('AGENT_MAX_BUDGET', 'The task cost more than maxBudgetUsd allows.')}
+
+    def __init__(self):
+        self.outcome = None
+        self.stamp = None
+        self.conversed = False
+        self._plan = Plan()
+        self._tools = {}  # id -> (name, title)
+        self._tasks = {}  # id -> [text while it is done, state]; the plan of the newer task tools, told bit by bit
+        self._wishes = {}  # id of a TaskCreate call -> its activeForm
+
+    def line(self, text):
+        """Return the events of one line."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            return [('log', {'stream': 'agent', 'message': shorten(text)})] if text.strip() else []
+        if isinstance(record.get('timestamp'), str):
+            self.stamp = record['timestamp']
+        read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user, 'result': self._read_result}
+        return list(read.get(record.get('type'), lambda _: ())(record))
+
+    def end(self, status):
+        """Take the exit status, which tells nothing: Claude Code ends with 0 when it was interrupted."""
+
+    def _read_system(self, record):
+        if record.get('subtype') == 'init':
+            yield 'log', {'stream': 'agent', 'message': f"Claude Code {record.get('claude_code_version', '')} with {record.get('model', 'its model')}"}
+        elif record.get('subtype') == 'api_retry':
+            yield 'log', {'stream': 'agent', 'message': f"The API answered {record.get('error_status')} ({record.get('error')}); attempt "
+                                                        f"{record.get('attempt')} of {record.get('max_retries')} follows."}
+
+    def _read_assistant(self, record):
+        self.conversed = True
+        inner = record.get('parent_tool_use_id') is not None
+        for block in blocks_of(record):
+            if block.get('type') == 'text' and block.get('text'):
+                kind = 'log' if inner else 'message'
+                yield kind, {**({'stream': 'agent'} if inner else {}), 'message': shorten(block['text'])}
+            elif block.get('type') == 'tool_use':
+                yield from self._tool_called(block, inner)
+
+    def _tool_called(self, block, inner):
+        name, wish = block.get('name', ''), block.get('input') if isinstance(block.get('input'), dict) else {}
+        if name == 'TodoWrite':
+            if not inner:
+                yield from self._plan.steps([(item.get('activeForm') or item.get('content', ''), item.get('status'))
+                                             for item in wish.get('todos', ()) if isinstance(item, dict)])
+            return
+        if name in ('TaskCreate', 'TaskUpdate', 'TaskList', 'TaskGet'):
+            self._wishes[block.get('id')] = None if inner else (name, wish)
+            return
+        title = tool_title(name, wish)
+        self._tools[block.get('id')] = name, title, inner
+        yield 'log', {'stream': 'tool', 'tool': name, 'status': 'started', 'message': title}
+
+    def _read_user(self, record):
+        for block in blocks_of(record):
+            if block.get('type') != 'tool_result':
+                continue
+            call = block.get('tool_use_id')
+            if call in self._wishes:
+                yield from self._task_result(self._wishes.pop(call), record.get('tool_use_result'))
+            elif call in self._tools:
+                name, title, inner = self._tools.pop(call)
+                yield 'log', {'stream': 'tool', 'tool': name, 'status': 'failed' if block.get('is_error') else 'completed', 'message': title}
+                if not inner:
+                    yield from self._plan.tool_done(title)
+
+    def _task_result(self, call, result):
+        """Rebuild the list of the newer task tools: ids come only in results, texts only in calls."""
+        if call is None or not isinstance(result, dict):
+            return
+        name, wish = call
+        if name == 'TaskCreate' and isinstance(result.get('task'), dict):
+            self._tasks[str(result['task'].get('id'))] = [wish.get('activeForm') or wish.get('subject', ''), 'pending']
+        elif name == 'TaskUpdate' and str(result.get('taskId')) in self._tasks:
+            state = (result.get('statusChange') or {}).get('to') or wish.get('status')
+            if state == 'deleted':
+                del self._tasks[str(result['taskId'])]
+            elif state:
+                self._tasks[str(result['taskId'])][1] = state
+        elif name == 'TaskList' and isinstance(result.get('tasks'), list):
+            for item in result['tasks']:
+                known = self._tasks.setdefault(str(item.get('id')), [item.get('subject', ''), 'pending'])
+                known[1] = item.get('status', known[1])
+        yield from self._plan.steps([(text, state) for text, state in self._tasks.values()])
+
+    def _read_result(self, record):
+        """Judge by this record alone: an API failure has the subtype `success`, and an interrupted CLI the exit code 0."""
+        text = record.get('result') if isinstance(record.get('result'), str) else ''
+        figures = {'turns': record.get('num_turns'), 'durationMs': record.get('duration_ms'), 'total_cost_usd': record.get('total_cost_usd') or 0}
+        if not record.get('is_error') and record.get('subtype') == 'success':
+            refused = len(record.get('permission_denials') or ())
+            self.outcome = {'ok': True, 'data': {'message': shorten(text)} | ({'permissionDenials': refused} if refused else {}), **figures}
+        else:
+            code, message = self._why(record, text)
+            self.outcome = {'ok': False, 'code': code, 'message': message, **figures}
+        return ()
+
+    def _why(self, record, text):
+        errors = ' '.join(str(item) for item in record.get('errors') or ())
+        if record.get('subtype') in self.ENDS:
+            return self.ENDS[record['subtype']]
+        if 'Not logged in' in text or 'Invalid API key' in text:
+            return 'AGENT_NOT_LOGGED_IN', (f'{text} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN in the '
+                                           'environment of the server, and start it again.')
+        if 'No conversation found' in errors:
+            return 'AGENT_UNKNOWN_CONVERSATION', f'{errors} The next task of the session begins a new conversation.'
+        if record.get('api_error_status') or record.get('terminal_reason') == 'api_error':
+            return 'AGENT_API_ERROR', shorten(text or errors)
+        return 'AGENT_FAILED', shorten(text or errors or f"The agent ended with {record.get('subtype')}.")
+
+
+def blocks_of(record):
+    """Return the content blocks of a message record."""
+    content = (record.get('message') or {}).get('content') if isinstance(record.get('message'), dict) else None
+    return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+
+
+def tool_title(name, wish):
+    """Return what a tool call does, in a line."""
+    for key in ('command', 'file_path', 'path', 'pattern', 'url', 'query', 'description', 'prompt'):
+        if isinstance(wish.get(key), str) and wish[key]:
+            return shorten(f'{name} {wish[key]}'.splitlines()[0], 300)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+class RunReader:
+    """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the same bytes."""
+
+    def __init__(self, number, lines):
+        self.number = number
+        self.lines = lines
+        self.offset = 0  # bytes taken
+        self.count = 0  # lines
+        self._rest = bytearray()
+        self._too_long = False
+
+    def take(self, data, *, ended=False):
+        """Return [(place, type, data, time as the agent wrote it or None)] of the lines that these bytes complete; at the end a last one needs no line end."""
+        self.offset += len(data)
+        self._rest += data
+        if b'\n' not in data and not ended:
+            if len(self._rest) > MAX_LINE:
+                self._rest.clear()
+                self._too_long = True
+            return []
+        *lines, rest = bytes(self._rest).split(b'\n')
+        self._rest = bytearray(rest)
+        if ended and rest:
+            self._rest.clear()
+            lines.append(rest)
+        return [event for line in lines for event in self._line(line)]
+
+    def _line(self, line):
+        self.count += 1
+        too_long, self._too_long = self._too_long or len(line) > MAX_LINE, False
+        events = [('log', {'stream': 'agent', 'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
+            else self.lines.line(line.decode('utf-8', 'replace'))
+        return [((self.number, self.count, index), kind, data, self.lines.stamp) for index, (kind, data) in enumerate(events)]
