@@ -984,9 +984,10 @@ class Events:
             self._marks[workspace_id].pop(session_id, None)
         return event
 
-    def place(self, workspace_id, count=None, position=None):
+    def place(self, workspace_id, count=None, position=None, marks=None):
         """Return where the topic of a workspace is now, as the id of an event; a reader may be elsewhere in it."""
-        marks = ''.join(f'~{session}/{event_id}' for session, event_id in self._marks.get(workspace_id, {}).items())
+        marks = self._marks.get(workspace_id, {}) if marks is None else marks
+        marks = ''.join(f'~{session}/{event_id}' for session, event_id in marks.items())
         position = self.positions.get(workspace_id, '') if position is None else position
         return f'{self.boot}.{self.count if count is None else count}.{position}{marks}'
 
@@ -1012,11 +1013,11 @@ class Events:
                 reader.put(event)
         self.positions[workspace_id] = str(position)
 
-    def log_events(self, workspace_id, lines, count, position):
+    def log_events(self, workspace_id, lines, count, position, marks=None):
         """Yield an event for each line that `position` has not seen, and move it on."""
         for stream, stamp, text in lines:
             if position.advance(stream, stamp):
-                yield Event('log', workspace_id, self.place(workspace_id, count, str(position)), stamp / 1e9,
+                yield Event('log', workspace_id, self.place(workspace_id, count, str(position), marks), stamp / 1e9,
                             {'stream': STREAM_NAMES[stream], 'message': self.strike(text)}, size=200 + len(text))
 
     def recent(self, topic):
@@ -1159,6 +1160,15 @@ class Engine:
         """Raise EngineUnavailable unless the engine answers."""
         with translated('Reach the engine'), gevent.Timeout(5, EngineUnavailable('The Docker engine does not answer within 5 s.')):
             self.api.ping()
+
+    def is_leaving(self):
+        """Tell whether the engine takes no new connections: one that shuts down ends containers and still answers on the old ones."""
+        try:
+            self.api.close()  # those that are kept
+            self.ping()
+        except EngineUnavailable:
+            return True
+        return False
 
     # Images
 
@@ -1999,11 +2009,12 @@ class Workspaces:
                 steps(workspace_id, given_up)
         except Superseded:
             log.debug('A job on %s was overtaken.', workspace_id)
-        except EngineUnavailable as error:
-            # The status stays as it is; once the engine is back, `reconcile` goes on from there.
-            log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
         except BackendError as error:
-            self._fail(workspace_id, str(error), error.code)
+            if isinstance(error, EngineUnavailable) or (isinstance(error, DockerError) and self.engine.is_leaving()):
+                # The status stays as it is; once the engine is back, `reconcile` goes on from there.
+                log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
+            else:
+                self._fail(workspace_id, str(error), error.code)
         except Exception:
             log.exception('A job on workspace %s failed.', workspace_id)
             self._fail(workspace_id, 'Internal error; the log of the server has the traceback.', BackendError.code)
@@ -2258,7 +2269,10 @@ class Workspaces:
         return f'The container ended with exit code {container.exit_code}. It printed last: {words}'
 
     def _last_words(self, container):
-        lines = [line.strip() for line in self.engine.output(container.id, LAST_WORDS).splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in self.engine.output(container.id, LAST_WORDS).splitlines() if line.strip()]
+        except (MissingOnEngine, ConflictOnEngine):  # somebody removes it just now
+            lines = []
         return '\n'.join(lines) or '(nothing)'
 
     def _meter(self, workspace_id, container_id):
@@ -2818,7 +2832,8 @@ def view_workspace_details(workspace, usage, config):
         'containerId': workspace.container_id[:12] or None,
         'codeServerUrl': f"http://{f'[{host}]' if ':' in host else host}:{editor}/?folder={project}" if editor else None,
         'codeServerPassword': workspace.password,
-        'sshCommand': f'ssh -p {ssh} {USER}@{host}' if ssh else None,
+        # Each workspace has host keys of its own, and ports are used again: without the alias, ssh would cry wolf.
+        'sshCommand': f'ssh -p {ssh} -o HostKeyAlias={workspace.id} {USER}@{host}' if ssh else None,
         'gitUrl': workspace.git_url or None, 'gitBranch': workspace.git_branch or None, 'labels': workspace.labels,
         'error': workspace.error or None, 'ttl': workspace.ttl, 'lastActivityAt': view_time(workspace.last_activity_at),
         'resources': usage}
@@ -2958,59 +2973,79 @@ class Streams:
                     stream.check()
 
 
-def catch_up(backend, workspace_id, reader, pump, *, cursor=None, tail=DEFAULT_TAIL):
-    """Yield lists of events that bring a reader up to now, and then attach it, so that nothing is lost or repeated in between.
+class CatchUp:
+    """Brings a reader of a workspace up to now, and then attaches it, so that nothing is lost or repeated in between.
 
-    First comes the current status; then, from a cursor on, all that was missed, or without one the last `tail` lines. An empty list
-    means that there is nothing yet: the engine is away. Old lines come from the engine, which has them all; the pump has the new ones.
+    First comes the current status; then, from a cursor on, all that was missed, or without one the last `tail` lines. Old lines come
+    from the engine, which has them all; the pump has the new ones. What the reader has seen so far is in every id that it is given.
     """
-    events, workspace = backend.events, backend.state.get(workspace_id)
-    count = events.count if cursor is None else cursor.count if cursor.boot == events.boot else 0
-    position = cursor.position.copy() if cursor and cursor.position else None
 
-    def place():
-        return events.place(workspace_id, count, str(position or ''))
+    def __init__(self, backend, workspace_id, reader, pump, *, cursor=None, tail=DEFAULT_TAIL):
+        self._backend, self._events = backend, backend.events
+        self._workspace_id, self._reader, self._pump, self._tail = workspace_id, reader, pump, tail
+        self._fresh = cursor is None
+        self._cursor = cursor or Cursor(self._events.boot, self._events.count)
+        self._count = self._cursor.count if self._cursor.boot == self._events.boot else 0
+        self._marks = dict(self._cursor.marks)
+        self._position = self._cursor.position.copy() if self._cursor.position else None
 
-    def missed():
-        nonlocal count
-        for number, event in events.missed(workspace_id, count):
-            count = number
-            if cursor is None or cursor.boot == events.boot or not cursor.has_seen(event):
-                yield [dataclasses.replace(event, id=place(), json=None, sse=None, frame=None)]
+    def batches(self):
+        """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
+        workspace = self._backend.state.get(self._workspace_id)
+        yield [status_event(workspace, self._place())]
+        if self._fresh and workspace.status in (CREATING, ERROR) and self._tail:
+            yield [event for event in self._events.recent(self._workspace_id) if event.type == 'log'][-self._tail:]
+        yield from self._until_ready()
+        live = Subscription()
+        for _ in range(CATCH_UP_ROUNDS):
+            yield from self._round(live)
+            lost, waiting = live.drain()
+            if not lost:
+                break
+        # From the end of the round to here there was no switch between greenlets.
+        self._reader.lost += lost
+        for event in waiting:
+            self._reader.put(event)
+        self._events.attach(self._workspace_id, self._reader)
 
-    yield [status_event(workspace, place())]
-    if cursor is None and workspace.status in (CREATING, ERROR) and tail:
-        yield [event for event in events.recent(workspace_id) if event.type == 'log'][-tail:]
-    while not (backend.agents.resumed.wait(1) and pump.ready.wait(1)):
-        if not backend.agents.resumed.is_set():
+    def _until_ready(self):
+        while not self._backend.agents.resumed.wait(1):
             yield []
-        else:
-            yield from missed()
+        while not self._pump.ready.wait(1):
+            yield from self._missed()
             yield []
-    live = Subscription()
-    for _ in range(CATCH_UP_ROUNDS):
-        barrier = pump.position.copy()
-        events.attach(workspace_id, live)
+
+    def _round(self, live):
+        """Give what was missed up to now, while `live` takes what comes; the two meet where the pump is now."""
+        barrier = self._pump.position.copy()
+        self._events.attach(self._workspace_id, live)
         try:
-            yield from missed()
-            for lines in backend.logs.read(workspace_id, position=position, tail=tail if position is None else None):
-                if position is None:
+            yield from self._missed()
+            tail = self._tail if self._position is None else None
+            for lines in self._backend.logs.read(self._workspace_id, position=self._position, tail=tail):
+                if self._position is None:
                     before = min(stamp for _, stamp, _ in lines) - 1
-                    position = LogPosition((before, 0), (before, 0))
+                    self._position = LogPosition((before, 0), (before, 0))
                 covered = [line for line in lines if barrier.covers(line[0], line[1])]
-                batch = list(events.log_events(workspace_id, covered, count, position))
+                batch = list(self._events.log_events(self._workspace_id, covered, self._count, self._position, self._marks))
                 for start in range(0, len(batch), BATCH):
                     yield batch[start:start + BATCH]
         finally:
-            events.detach(workspace_id, live)
-        position = position or barrier
-        lost, waiting = live.drain()
-        if not lost:
-            break
-    reader.lost += lost
-    for event in waiting:
-        reader.put(event)
-    events.attach(workspace_id, reader)
+            self._events.detach(self._workspace_id, live)
+        self._position = self._position or barrier
+
+    def _missed(self):
+        """Give what was published since the reader's cursor; of a task that an earlier process told of, only what came after."""
+        for number, event in self._events.missed(self._workspace_id, self._count):
+            self._count = number
+            if self._cursor.boot != self._events.boot and self._cursor.has_seen(event):
+                continue
+            if event.place is not None:
+                self._marks[event.session_id] = event.place
+            yield [dataclasses.replace(event, id=self._place(), json=None, sse=None, frame=None)]
+
+    def _place(self):
+        return self._events.place(self._workspace_id, self._count, str(self._position or ''), self._marks)
 
 
 def status_event(workspace, place):
@@ -3034,7 +3069,7 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
     watch = departure(reader.close)
     try:
         with backend.streams.opened(reader), backend.logs.watched(workspace_id) as pump:
-            for batch in catch_up(backend, workspace_id, reader, pump, cursor=cursor, tail=tail):
+            for batch in CatchUp(backend, workspace_id, reader, pump, cursor=cursor, tail=tail).batches():
                 if reader.closed:
                     return
                 place = batch[-1].id if batch else place
@@ -3221,7 +3256,7 @@ class WebSocketClient:
 
     def _feed(self, workspace_id, pump, cursor, tail):
         try:
-            for batch in catch_up(self._backend, workspace_id, self._outbox, pump, cursor=cursor, tail=tail):
+            for batch in CatchUp(self._backend, workspace_id, self._outbox, pump, cursor=cursor, tail=tail).batches():
                 self._offer(batch)
         except BackendError as error:
             self._say('error', workspace_id, {'code': error.code, 'message': str(error)})
