@@ -1546,14 +1546,9 @@ class Templates:
         return sorted({path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')} - {BASE})
 
     def describe(self, name):
-        """Return the comment at the head of a template's Dockerfile."""
-        lines = (self._folder(name) / 'Dockerfile').read_text().splitlines()
-        head = []
-        for line in lines:
-            if not line.startswith('#'):
-                break
-            head.append(line.lstrip('# ').strip())
-        return ' '.join(head)
+        """Return the first sentence of the comment at the head of a template's Dockerfile."""
+        first = (self._folder(name) / 'Dockerfile').read_text().partition('\n')[0]
+        return first.lstrip('# ').partition('. ')[0].rstrip('.') + '.' if first.startswith('#') else ''
 
     def state(self, name):
         """Return {image, state, error, buildingSince}: state is ready, building, failed or missing, as last seen."""
@@ -2410,6 +2405,8 @@ class Workspaces:
 
     def _compare(self, workspace, container, has_volume):
         """Bring a settled record in line with the engine."""
+        if container is not None and container.state in ('removing', 'dead'):
+            container = None  # as good as gone: somebody removes it just now
         if container is not None and container.up:
             if workspace.status == RUNNING:
                 if workspace.container_id != container.id or workspace.id not in self._meters:

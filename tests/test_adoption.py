@@ -341,6 +341,7 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
         assert answer.status_code == 503 and answer.json()['code'] == 'DOCKER_ERROR' and 'does not answer' in answer.json()['error'], answer.text
     deletion = server.call('DELETE', '/api/workspaces/unwanted')
     assert deletion.status_code == 202 and deletion.json()['data']['deleted'] is False
+    time.sleep(0.5)  # so that each job has seen it
     engine.start()
     server.until(lambda: server.get('/health')['docker'] == 'connected', 20)
     wait_gone(server, 'unwanted')
