@@ -921,6 +921,11 @@ class Subscription:
     def __len__(self):
         return len(self._queue)
 
+    @property
+    def has_room(self):
+        """Tell whether there is room for events that can wait."""
+        return len(self._queue) < self._size // 2 and self._bytes < QUEUE_BYTES // 2
+
     def put(self, event):
         """Hand over an event; never blocks."""
         self._queue.append(event)
@@ -979,7 +984,7 @@ class Events:
         if session_id is not None:
             self._deliver(session_id, dataclasses.replace(event, id=session_event_id or event.id))
         if event_type == 'status':
-            self._deliver(EVERYTHING, event)
+            self._deliver(EVERYTHING, event, told=self._readers.get(workspace_id, ()))
         if last:
             self._marks[workspace_id].pop(session_id, None)
         return event
@@ -1056,9 +1061,9 @@ class Events:
         self.positions.pop(topic, None)
         self._marks.pop(topic, None)
 
-    def _deliver(self, topic, event):
+    def _deliver(self, topic, event, told=()):
         self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE)).append((self.count, event))
-        for reader in tuple(self._readers.get(topic, ())):
+        for reader in [reader for reader in self._readers.get(topic, ()) if reader not in told]:
             reader.put(event)
 
 
@@ -1757,7 +1762,7 @@ class Logs:
         container = self._engine.find(workspace_id)
         if container is None or tail == 0:
             return
-        with contextlib.suppress(MissingOnEngine):  # removed meanwhile
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # removed meanwhile
             yield from self._engine.log_lines(container, since=position.since() if position else 0, tail=tail)
 
     def close(self):
@@ -1790,10 +1795,10 @@ class Logs:
             container = self._engine.find(pump.workspace_id)
             if pump.position is None:
                 self._begin(pump, container)
-            if container is None or not container.started or pump.finished == container.id:
+            if container is None or not container.started or (pump.finished == container.id and not container.up):
                 return
             pump.position = pump.position.copy()
-            with contextlib.suppress(MissingOnEngine):
+            with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # a conflict: it is being removed
                 for lines in self._engine.log_lines(container, since=pump.position.since(), follow=True):
                     self._events.publish_lines(pump.workspace_id, lines, pump.position)
                     if pump.target is not None and pump.position.covers(*pump.target):
@@ -2989,14 +2994,15 @@ class CatchUp:
     def batches(self):
         """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
         workspace = self._backend.state.get(self._workspace_id)
+        if self._fresh and self._pump.ready.wait(0.2) and (not self._tail or str(self._pump.position) == str(LogPosition())):
+            self._position = self._pump.position.copy()  # no old line tells it, and who comes back with this id must miss nothing
         yield [status_event(workspace, self._place())]
         if self._fresh and workspace.status in (CREATING, ERROR) and self._tail:
             yield [event for event in self._events.recent(self._workspace_id) if event.type == 'log'][-self._tail:]
         yield from self._until_ready()
         live = Subscription()
         for _ in range(CATCH_UP_ROUNDS):
-            yield from self._round(live)
-            lost, waiting = live.drain()
+            lost, waiting = yield from self._round(live)
             if not lost:
                 break
         # From the end of the round to here there was no switch between greenlets.
@@ -3004,6 +3010,9 @@ class CatchUp:
         for event in waiting:
             self._reader.put(event)
         self._events.attach(self._workspace_id, self._reader)
+        if not waiting and all(item.id != self._workspace_id for item in self._backend.state.all()):
+            # It was deleted before there was anything attached.
+            self._reader.put(Event('status', self._workspace_id, self._place(), time.time(), DELETED))
 
     def _until_ready(self):
         while not self._backend.agents.resumed.wait(1):
@@ -3013,13 +3022,18 @@ class CatchUp:
             yield []
 
     def _round(self, live):
-        """Give what was missed up to now, while `live` takes what comes; the two meet where the pump is now."""
+        """Give what was missed up to now, while `live` takes what comes; the two meet where the pump is now. Then give what `live` took.
+
+        Returns (how many `live` lost, what it has then): nothing of either, unless it comes faster than the reader takes it.
+        """
         barrier = self._pump.position.copy()
         self._events.attach(self._workspace_id, live)
         try:
             yield from self._missed()
-            tail = self._tail if self._position is None else None
-            for lines in self._backend.logs.read(self._workspace_id, position=self._position, tail=tail):
+            for lines in self._old_lines():
+                if not lines:
+                    yield []
+                    continue
                 if self._position is None:
                     before = min(stamp for _, stamp, _ in lines) - 1
                     self._position = LogPosition((before, 0), (before, 0))
@@ -3027,9 +3041,29 @@ class CatchUp:
                 batch = list(self._events.log_events(self._workspace_id, covered, self._count, self._position, self._marks))
                 for start in range(0, len(batch), BATCH):
                     yield batch[start:start + BATCH]
+            self._position = self._position or barrier
+            lost, waiting = live.drain()
+            while waiting and not lost:
+                yield waiting
+                seen = Cursor.parse(waiting[-1].id)
+                self._count, self._position = seen.count, seen.position or self._position
+                self._marks.update(seen.marks)
+                lost, waiting = live.drain()
         finally:
             self._events.detach(self._workspace_id, live)
-        self._position = self._position or barrier
+        return lost, waiting
+
+    def _old_lines(self):
+        """Give what the engine holds from the position on, or the last lines; an empty list while it is away."""
+        while True:
+            self._position = self._position and self._position.copy()  # reading begins again
+            try:
+                yield from self._backend.logs.read(self._workspace_id, position=self._position, tail=self._tail if self._position is None else None)
+                return
+            except DockerError as error:
+                log.debug('A reader of %s waits for the engine: %s', self._workspace_id, error)
+            yield []
+            gevent.sleep(1)
 
     def _missed(self):
         """Give what was published since the reader's cursor; of a task that an earlier process told of, only what came after."""
@@ -3057,6 +3091,11 @@ def dropped_event(workspace_id, lost, place):
                  {'code': 'EVENTS_DROPPED', 'count': lost, 'message': f'{lost} events were dropped, because this reader is slower than they came.'})
 
 
+def is_end(batch):
+    """Tell whether events hold the last one of a workspace."""
+    return any(event.data.get('deleted') for event in batch)
+
+
 def workspace_events(backend, workspace_id, *, cursor, tail, departure):
     """Yield lists of events of a workspace for ever, an empty one as a sign of life; ends with the workspace or the reader.
 
@@ -3071,6 +3110,8 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
                     return
                 place = batch[-1].id if batch else place
                 yield batch
+                if is_end(batch):
+                    return
             while True:
                 lost, batch = reader.take(HEARTBEAT)
                 if lost:
@@ -3079,7 +3120,7 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
                     return
                 place = batch[-1].id if batch else place
                 yield batch
-                if any(event.data.get('deleted') for event in batch):
+                if is_end(batch):
                     return
     finally:
         watch.close()
@@ -3268,10 +3309,10 @@ class WebSocketClient:
 
     def _offer(self, batch):
         """Put old events into the outbox when there is room: unlike the live ones, they can wait."""
-        while len(self._outbox) > QUEUE_SIZE // 2:
-            self._room.clear()
-            self._room.wait(1)
         for event in batch:
+            while not self._outbox.has_room:
+                self._room.clear()
+                self._room.wait(1)
             self._outbox.put(event)
 
     def _say(self, kind, workspace_id, data):
@@ -3303,6 +3344,9 @@ class WebSocketClient:
         if frames:
             self._socket.send_encoded(b''.join(frames))
         self._place = next((event.id for event in reversed(events) if event.id), self._place)
+        for event in events:
+            if is_end([event]):
+                self._unsubscribe(event.workspace_id)
 
     def _flush(self):
         with contextlib.suppress(WebSocketError):

@@ -212,7 +212,8 @@ class Departure:
 # WebSockets
 # ---------------------------------------------------------------------------------------------
 
-SEND_PATIENCE = 10  # seconds a peer may take to accept what is sent
+SEND_PATIENCE = 10  # seconds a peer may take to accept a piece of what is sent
+PIECE = 65536  # bytes
 CLOSE_PATIENCE = 2  # seconds we wait for the other side's close frame
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, BAD_DATA, POLICY, TOO_BIG = 1000, 1001, 1002, 1007, 1008, 1009
 
@@ -297,8 +298,9 @@ class Socket(WebSocket):
             if self.closed:
                 raise WebSocketError('the connection is closed')
             try:
-                with gevent.Timeout(SEND_PATIENCE, TimeoutError('the peer does not read')):
-                    self.raw_write(frames)
+                for start in range(0, len(frames), PIECE):
+                    with gevent.Timeout(SEND_PATIENCE, TimeoutError('the peer does not read')):
+                        self.raw_write(frames[start:start + PIECE])
             except OSError as error:
                 # Part of a frame may be on its way; nothing sensible can follow it.
                 self.abort()
