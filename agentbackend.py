@@ -28,6 +28,7 @@ import hmac
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -1378,7 +1379,8 @@ class Engine:
                     batch = lines.feed(data)
                     if batch:
                         yield batch
-        batch = lines.end()
+        now = self.inspect(container.id) if follow else None
+        batch = [] if now and now.up else lines.end()  # while it runs, only the stream was cut off, maybe within a line
         if batch:
             yield batch
 
@@ -3478,8 +3480,9 @@ def read_log(backend, call):
         cursor = Cursor(backend.events.boot, backend.events.count, position) if position else None
         batches = workspace_events(backend, workspace.id, cursor=cursor, tail=10_000_000 if tail is None else tail, departure=call.departure)
     else:
-        lines = backend.logs.read(workspace.id, position=position, tail=tail)
-        batches = (list(backend.events.log_events(workspace.id, batch, 0, position or LogPosition())) for batch in lines)
+        lines, position = backend.logs.read(workspace.id, position=position, tail=tail), position or LogPosition()
+        first = next(lines, [])  # here an engine that is away can still be told
+        batches = (list(backend.events.log_events(workspace.id, batch, 0, position)) for batch in itertools.chain([first], lines))
     return Reply(stream=text_stream(batches), headers={**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'})
 
 
