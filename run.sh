@@ -131,7 +131,8 @@ run_tests() {
     make_venv
     see_to_engine
     see_to_base_image
-    need busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git
+    need busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
+        nginx=nginx-light
     .venv/bin/python -m pytest "$@"
 }
 

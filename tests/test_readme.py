@@ -1,0 +1,218 @@
+"""What the README tells a new user to do, done word for word."""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import requests
+import websocket
+from conftest import ROOT, Served, remove_objects
+
+README = (ROOT / 'README.md').read_text()
+
+
+def section(title):
+    """Return the text of a section."""
+    return README.partition(f'\n## {title}\n')[2].partition('\n## ')[0]
+
+
+def blocks(text, language):
+    """Return the code blocks of a language."""
+    return re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)
+
+
+def exchange():
+    """Return the commands of the exchange, in their order."""
+    return re.findall(r'<!-- exchange -->\n```sh\n(.*?)```', README, re.DOTALL)
+
+
+@pytest.fixture
+def on_port_3100(tmp_path, docker_client, fake_anthropic):
+    """A server as the README has it, with Claude's API played by a fake."""
+    served = Served(tmp_path, ROOT / 'templates', PORT='3100', DEFAULT_TEMPLATE='bun-typescript',
+                    ANTHROPIC_API_KEY='key-of-a-new-user', ANTHROPIC_BASE_URL=fake_anthropic.url).start()
+    yield served
+    served.stop()
+    print(served.log.read_text()[-5000:])
+    remove_objects(docker_client, served.instance)
+
+
+def test_the_whole_exchange_with_curl_works_as_it_stands(on_port_3100, tmp_path, docker_client):
+    script = '\n'.join(f'echo "--- {number}"\n{command}\necho' for number, command in enumerate(exchange()))
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', script], env={**os.environ, 'HOME': str(tmp_path)}, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=1500, stdin=subprocess.DEVNULL)
+    said = dict(re.findall(r'--- (\d+)\n(.*?)(?=\n--- |\Z)', done.stdout, re.DOTALL))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"status":"healthy"' in said['0'] and '"status":"creating"' in said['1'] and '"status":"running"' in said['2']
+    assert said['3'].startswith('1.4.5\n')
+    assert said['4'].rstrip().endswith('hello')
+    assert '"type":"progress"' in said['5'] and '{"step":1,"total":3,"message":"Creating index.ts..."}' in said['5']
+    assert '"type":"result"' in said['5']
+    assert '"deleted":true' in said['6']
+
+
+def test_every_setting_that_the_readme_names_exists():
+    from agentbackend import Config
+    known = {name.upper() for name in Config.__dataclass_fields__}
+    named = set(re.findall(r'\b([A-Z]+(?:_[A-Z]+)+)=', README)) | set(re.findall(r'-e ([A-Z_]+)=', README))
+    assert named <= known, named - known
+
+
+def test_the_table_of_errors_knows_every_code():
+    import agentbackend
+    codes = {item.code for item in vars(agentbackend).values() if isinstance(item, type) and issubclass(item, agentbackend.BackendError)}
+    told = set(re.findall(r'`([A-Z_]+)`', section('The API at a glance').partition('### Errors')[2]))
+    assert codes <= told, codes - told
+
+
+def test_the_table_of_calls_names_every_route():
+    from agentbackend import ROUTES
+    told = section('The API at a glance')
+    for route in ROUTES:
+        last = re.sub(r'<\w+>', '', route.path).rstrip('/').rpartition('/')[2]
+        assert last in told or route.path == '/', route.path
+
+
+def test_the_embedding_example_serves_both_programs(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    code = blocks(section('Embedding'), 'python')[0]
+    assert '8000' in code
+    (tmp_path / 'program.py').write_text(code.replace('8000', str(port)))
+    env = {**os.environ, 'STATE_DIR': str(tmp_path), 'INSTANCE': 'embedded', 'PREBUILD': 'none', 'PYTHONPATH': str(ROOT)}
+    with subprocess.Popen([sys.executable, str(tmp_path / 'program.py')], env=env, stdin=subprocess.DEVNULL) as running:
+        try:
+            def get(path):
+                for _ in range(100):
+                    try:
+                        return requests.get(f'http://127.0.0.1:{port}{path}', timeout=5)
+                    except requests.ConnectionError:
+                        assert running.poll() is None
+                        subprocess.run(['sleep', '0.1'], check=True)
+                raise AssertionError('it does not answer')
+            assert get('/health').json()['version'] and get('/').text == 'my own program\n'
+            assert get('/api/workspaces').json() == {'success': True, 'data': []}
+        finally:
+            running.kill()
+
+
+def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_client):
+    folder = tmp_path / 'templates' / 'lua'
+    (folder / 'skeleton').mkdir(parents=True)
+    (folder / 'skeleton' / 'main.lua').write_text('print("hello")\n')
+    (folder / 'Dockerfile').write_text(blocks(section('Writing a template'), 'dockerfile')[0])
+    served = Served(tmp_path, tmp_path / 'templates', DEFAULT_TEMPLATE='lua').start()
+    try:
+        served.create('mine', ssh=False)
+        workspace = served.wait_status('mine', 'running', 'error', timeout=1500)
+        assert workspace['status'] == 'running', workspace
+        code, output = docker_client.containers.get(f'{served.instance}-mine').exec_run(['lua5.4', 'main.lua'], user='dev', workdir='/workspace/mine')
+        assert (code, output) == (0, b'hello\n')
+        assert any(item['name'] == 'lua' and item['description'] == 'Lua, with what all workspaces share.' for item in served.get('/api/templates'))
+    finally:
+        served.call('DELETE', '/api/workspaces/mine')
+        served.stop()
+        remove_objects(docker_client, served.instance)
+        for image in docker_client.images.list(filters={'label': 'agentbackend.template=lua'}):
+            docker_client.images.remove(image.id, force=True)
+
+
+def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client):
+    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank', AGENT_COMMAND='node /workspace/agent.mjs').start()
+    try:
+        served.create('worker', ssh=False)
+        served.wait_status('worker', 'running', timeout=1500)
+        container = docker_client.containers.get(f'{served.instance}-worker')
+        script = next(block for block in blocks(section('Writing an agent'), 'js') if 'agent.mjs' in block)
+        container.exec_run(['sh', '-c', 'printf %s "$SCRIPT" >/workspace/agent.mjs'], user='dev', environment={'SCRIPT': script})
+        answer = served.call('POST', '/api/agent/execute', {'workspaceId': 'worker', 'task': 'write this', 'agent': 'command'}, headers={'Accept': 'application/json'})
+        session = answer.json()['data']['sessionId']
+        served.until(lambda: served.get(f'/api/agent/sessions/{session}')['state'] != 'running')
+        told = [(event['type'], event['data'].get('message')) for event in served.get(f'/api/agent/sessions/{session}/events')['events'][1:]]
+        assert told == [('progress', 'Reading the task'), ('message', 'I was asked: write this'), ('progress', 'Writing it down'), ('result', 'It is in task.txt.')]
+        assert container.exec_run(['cat', '/workspace/worker/task.txt'])[1] == b'write this'
+    finally:
+        served.call('DELETE', '/api/workspaces/worker')
+        served.stop()
+        remove_objects(docker_client, served.instance)
+
+
+def test_behind_nginx_streams_and_websockets_pass(make_server, tmp_path):
+    server = make_server(ALLOWED_HOSTS='dev.example.org', ALLOWED_ORIGINS='https://dev.example.org')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    location = blocks(section('Homelab'), 'nginx')[0].replace('127.0.0.1:3100', f'127.0.0.1:{server.port}')
+    mapping = re.search(r'`(map \$http_upgrade.*?)`', section('Homelab'))[1]
+    config = tmp_path / 'nginx.conf'
+    config.write_text(f'daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\nhttp {{ access_log off; {mapping}\n'
+                      f'client_body_temp_path {tmp_path}/b; proxy_temp_path {tmp_path}/p; fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; '
+                      f'scgi_temp_path {tmp_path}/s;\nserver {{ listen 127.0.0.1:{port}; {location} }} }}\n')
+    nginx = shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin')
+    with subprocess.Popen([nginx, '-c', str(config)], stdin=subprocess.DEVNULL) as running:
+        try:
+            headers = {'Host': 'dev.example.org', 'Origin': 'https://dev.example.org'}
+            server.until(lambda: not subprocess.run(['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}'], stderr=subprocess.DEVNULL).returncode, 10)
+            assert requests.get(f'http://127.0.0.1:{port}/health', headers=headers, timeout=5).json()['docker'] == 'connected'
+            with requests.get(f'http://127.0.0.1:{port}/agent/sse/some-session', headers=headers, stream=True, timeout=5) as stream:
+                assert next(stream.iter_lines()) == b': events'
+            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host='dev.example.org', origin='https://dev.example.org', timeout=5)
+            client.send('{"type":"ping"}')
+            assert '"pong"' in client.recv()
+            client.close()
+        finally:
+            running.terminate()
+
+
+def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, templates_dir):
+    """As the README has it, but for the base image, which is one that this engine has: nothing can be pulled everywhere."""
+    builder = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='python').start()
+    builder.create('first', ssh=False)
+    builder.wait_status('first', 'running', timeout=1500)
+    image = docker_client.containers.get(f'{builder.instance}-first').image.id
+    builder.call('DELETE', '/api/workspaces/first')
+    builder.stop()
+    dockerfile = blocks(section('Homelab'), 'dockerfile')[0]
+    assert 'FROM python:3.12-slim\n' in dockerfile
+    source = tmp_path / 'source'
+    source.mkdir()
+    for name in subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0'):
+        if name and (ROOT / name).exists() and not name.startswith('tests/'):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    (source / 'Dockerfile').write_text(dockerfile.replace('FROM python:3.12-slim\n', f'FROM {image}\nENTRYPOINT []\n'))
+    tag = f'agentbackend-test:{builder.instance}'
+    docker_client.images.build(path=str(source), tag=tag, rm=True, forcerm=True)
+    environment = {'API_TOKEN': 'change-me', 'WORKSPACE_HOST': 'localhost', 'INSTANCE': builder.instance, 'PREBUILD': 'none'}
+    container = docker_client.containers.run(tag, detach=True, environment=environment, ports={'3100/tcp': ('127.0.0.1', None)},
+                                             volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})
+    try:
+        container.reload()
+        builder.port, builder.headers = int(container.ports['3100/tcp'][0]['HostPort']), {'Authorization': 'Bearer change-me'}
+
+        def connected():
+            try:
+                return builder.get('/health')['docker'] == 'connected'
+            except requests.ConnectionError:
+                return False
+        for _ in range(300):
+            if connected():
+                break
+            subprocess.run(['sleep', '0.1'], check=True)
+        builder.create('inner', template='blank', ssh=False)
+        for _ in range(600):
+            workspace = builder.get('/api/workspaces/inner')
+            if workspace['status'] != 'creating':
+                break
+            subprocess.run(['sleep', '0.2'], check=True)
+        assert workspace['status'] == 'running', (workspace, container.logs()[-3000:])
+        assert workspace['codeServerUrl'].startswith('http://localhost:')
+        assert builder.call('DELETE', '/api/workspaces/inner').json()['data']['deleted']
+    finally:
+        container.remove(force=True, v=True)
+        docker_client.images.remove(tag, force=True)
+        remove_objects(docker_client, builder.instance)
