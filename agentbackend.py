@@ -15,17 +15,22 @@ Agents      tasks that agents do in workspaces, and the translators of what they
 Views       records as the objects of the API
 Streams     SSE and WebSocket clients
 Routes      the table of routes and their handlers
+OpenAPI     the document that describes the routes, made from them, the schemas and the docstrings
+Pages       the dashboard and the reference, and the files that they are made of
 Server      the gate before the routes, the WSGI server, the command line
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - first: bottle and docker keep what they find at import
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import hashlib
 import hmac
+import html
 import http.client
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -500,7 +505,8 @@ class Workspace:
 class Run:
     """One task of a session. `boot` is when its container was started: a run does not outlive that.
 
-    `stop` is [code, message] once it is to be ended, `end` {'type', 'data'} of its last event once it has.
+    `stop` is [code, message] once it is to be ended, `end` {'type', 'data'} of its last event once it has. Then `length` is how many
+    bytes of its output belong to it: what it has left running may write on.
     """
 
     number: int
@@ -512,6 +518,7 @@ class Run:
     state: str = RUNNING  # then completed, failed or cancelled
     stop: list = None
     end: dict = None
+    length: int = None
     ended_at: float = None
 
 
@@ -706,7 +713,7 @@ class State:
             self._touch_file()
         self.flush()
 
-    def end_run(self, session_id, number, *, state, end, total_cost_usd, conversed):
+    def end_run(self, session_id, number, *, state, end, total_cost_usd, conversed, length=None):
         """Write down the end of a run; a session that is gone with its workspace is fine."""
         with self._lock:
             session = self._sessions.get(session_id)
@@ -716,7 +723,7 @@ class State:
             if total_cost_usd is not None:
                 session.total_cost_usd = total_cost_usd
             run = session.runs[number - 1]
-            run.state, run.end, run.ended_at = state, end, time.time()
+            run.state, run.end, run.length, run.ended_at = state, end, length, time.time()
             self._touch_file()
         self.flush()
 
@@ -1101,6 +1108,17 @@ def translated(doing):
                                 'Start it, or point DOCKER_HOST at one that runs.') from error
 
 
+def impatiently(items, patience, error):
+    """Yield what an iterator gives; raise `error` when the next item takes more than `patience` seconds."""
+    items, end = iter(items), object()
+    while True:
+        with gevent.Timeout(patience, error):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
 def short_reason(error):
     """Return the innermost reason of a chain of connection errors: the outer ones only wrap it."""
     while error.__context__ is not None:
@@ -1204,16 +1222,15 @@ class Engine:
     def pull(self, image, on_line):
         """Pull an image; give up when the registry says nothing for half a minute."""
         repository, tag = docker.utils.parse_repository_tag(image)
-        silence = gevent.Timeout(PULL_PATIENCE, DockerError(f'Pull image {image}: the registry does not answer.'))
-        with translated(f'Pull image {image}'), contextlib.closing(silence):
-            silence.start()
-            for item in self.api.pull(repository, tag=tag or 'latest', stream=True, decode=True):
-                silence.close()
+        silent = DockerError(f'Pull image {image}: the registry says nothing.')
+        with translated(f'Pull image {image}'):
+            with gevent.Timeout(PULL_PATIENCE, silent):
+                progress = self.api.pull(repository, tag=tag or 'latest', stream=True, decode=True)
+            for item in impatiently(progress, PULL_PATIENCE, silent):
                 if 'error' in item:
                     raise DockerError(f"Pull image {image}: {item['error']}")
                 if 'progress' not in item:
                     on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
-                silence = gevent.Timeout.start_new(silence.seconds, silence.exception)
 
     def import_image(self, tag, stream):
         """Make an image of one layer from a tar stream."""
@@ -1518,6 +1535,7 @@ def make_tar(files):
 BASE = 'base'
 OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'
 DEBIAN_RELEASE = 'bookworm'
+DEBOOTSTRAP_PATIENCE = 120  # seconds without a word: a mirror that is not reached may swallow packets
 
 
 class Build:
@@ -1696,7 +1714,8 @@ class Templates:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, errors='replace', start_new_session=True) as running:
             try:
-                for line in running.stdout:
+                silent = DockerError(f"{' '.join(command)} said nothing for {DEBOOTSTRAP_PATIENCE} s; is its mirror reached?")
+                for line in impatiently(running.stdout, DEBOOTSTRAP_PATIENCE, silent):
                     last = line.strip() or last
                     on_line(line.rstrip())
             except BaseException:
@@ -2499,6 +2518,7 @@ command -v "$2" >/dev/null || { echo "$2"; exit 127; }
 umask 077; mkdir -p "$1" && printf %s "$TASK_0$TASK_1$TASK_2$TASK_3$TASK_4$TASK_5$TASK_6$TASK_7" >"$1/task"
 '''
 TASK_PART = 100_000 // 8 + 1  # characters, of at most four bytes each
+INTERRUPTED = {'ok': False, 'code': 'AGENT_INTERRUPTED', 'message': 'The workspace was stopped or deleted while the task ran.'}
 
 
 @dataclass(frozen=True)
@@ -2648,10 +2668,15 @@ class Agents:
                                  env=agent.env | {'AGENT_RUN_ID': run.id}, workdir=f'{self.config.workspace_base_path}/{workspace.folder}')
 
     def _follow(self, session, run, *, fresh):
-        follower = Follower(session, run, RunReader(run.number, self.agents[session.agent].lines()), fresh=fresh)
+        follower = Follower(session, run, self._reader(session, run), fresh=fresh)
         self._followers[session.id] = follower
         follower.greenlet = gevent.spawn(self._follow_to_the_end, follower)
         follower.watchdog = gevent.spawn(self._watch, follower)
+
+    def _reader(self, session, run):
+        """Return what makes events of a run, also of an agent that is not configured any more."""
+        lines = self.agents[session.agent].lines() if session.agent in self.agents else CommandLines()
+        return RunReader(run.number, lines, self.events.strike)
 
     def _follow_to_the_end(self, follower):
         """Publish the events of a run until it has ended, whatever happens to the engine meanwhile."""
@@ -2662,7 +2687,7 @@ class Agents:
             while outcome is None:
                 try:
                     outcome = self._follow_once(follower)
-                except EngineUnavailable as error:
+                except DockerError as error:  # it is away, or refuses because the container is about to end
                     log.debug('Run %s waits for the engine: %s', run.id, error)
                 if outcome is None:
                     gevent.sleep(0.2)
@@ -2684,7 +2709,10 @@ class Agents:
             self._read_file(follower, container, ended=not alive)
             follower.caught_up.set()
         if not alive:
-            return reader.lines.outcome or {'ok': False, 'code': 'AGENT_INTERRUPTED', 'message': 'The workspace was stopped or deleted while the task ran.'}
+            status = self.engine.get_file(container.id, f'{self._run_folder(run)}/exit') if container else None
+            if status is not None and status.strip().isdigit():
+                reader.lines.end(int(status))  # it had ended before its container did
+            return reader.lines.outcome or INTERRUPTED
         status = b''
         for stream, data in self.engine.follow(container.id, ['sh', '-c', FOLLOW, 'sh', self._run_folder(run), str(reader.offset + 1)], user=USER):
             if stream == STDERR:
@@ -2694,9 +2722,17 @@ class Agents:
                 self._publish(follower, reader.take(data))
         if not status.strip().isdigit():
             return None
+        if reader.lines.outcome is None and int(status) > 128 and not run.stop and self._is_going(container):
+            return None  # it was ended along with its workspace
         self._publish(follower, reader.take(b'', ended=True))
         reader.lines.end(int(status))
         return reader.lines.outcome or self._silent_end(run, container, int(status))
+
+    def _is_going(self, container):
+        """Tell whether a container is about to end: its processes, which are told to, may be a moment ahead of it."""
+        gevent.sleep(1)
+        found = self.engine.inspect(container.id)
+        return found is None or not found.up or found.started_at != container.started_at
 
     def _read_file(self, follower, container, *, ended):
         """Take what a run has written so far, of a container that may be stopped."""
@@ -2709,7 +2745,8 @@ class Agents:
             self._publish(follower, follower.reader.take(b'', ended=True))
 
     def _silent_end(self, run, container, status):
-        said = self.engine.run(container.id, ['tail', '-c', '2000', f'{self._run_folder(run)}/err'], user=USER)[1].decode('utf-8', 'replace').strip()
+        said = self.engine.run(container.id, ['tail', '-c', '8000', f'{self._run_folder(run)}/err'], user=USER)[1].decode('utf-8', 'replace')
+        said = self.events.strike(said)[-2000:].strip()  # so that no part of a secret is where it was cut
         return {'ok': False, 'code': 'AGENT_FAILED',
                 'message': f"The agent ended with exit code {status} and without a result. It said last: {said or '(nothing)'}"}
 
@@ -2721,10 +2758,10 @@ class Agents:
     def _events_of(self, session, run):
         """Yield (place, type, data, time or None) of a run, from its beginning on."""
         yield self._first_event(session, run)
-        reader = RunReader(run.number, self.agents[session.agent].lines() if session.agent in self.agents else CommandLines())
+        reader = self._reader(session, run)
         container = self.engine.find(session.workspace_id)
         for data in self.engine.read_file(container.id, f'{self._run_folder(run)}/out') if container else ():
-            yield from reader.take(data)
+            yield from reader.take(data if run.length is None else data[:max(0, run.length - reader.offset)])
         if run.state != RUNNING:
             yield from reader.take(b'', ended=True)
             yield (run.number, LAST_LINE, 0), run.end['type'], run.end['data'], view_time(run.ended_at)
@@ -2746,15 +2783,19 @@ class Agents:
         figures = {'runId': run.id, 'durationMs': outcome.get('durationMs') or int((time.time() - run.started_at) * 1000), 'turns': outcome.get('turns'),
                    'costUsd': None if total is None else round(max(0, total - session.total_cost_usd), 6)}
         kind = 'result' if outcome['ok'] else 'error'
-        data = figures | (outcome['data'] if outcome['ok'] else {'code': outcome['code'], 'message': outcome['message']})
+        data = figures | (outcome['data'] if outcome['ok'] else {'code': outcome['code'], 'message': outcome['message']}) | {'runId': run.id}
         state = 'completed' if outcome['ok'] else 'cancelled' if outcome['code'] == 'AGENT_CANCELLED' else 'failed'
         conversed = follower is not None and follower.reader.lines.conversed and outcome.get('code') != 'AGENT_UNKNOWN_CONVERSATION'
+        with contextlib.suppress(Superseded):  # its ttl counts from here
+            self.state.update(session.workspace_id, flush=False, last_activity_at=time.time())
         self.state.end_run(session.id, run.number, state=state, end={'type': kind, 'data': self.events.strike(data)}, total_cost_usd=total,
+                           length=follower.reader.offset if follower is not None else None,
                            conversed=(session.conversed or conversed) and outcome.get('code') != 'AGENT_UNKNOWN_CONVERSATION')
         log.info('Run %s of session %s %s%s.', run.id, session.id, state, '' if outcome['ok'] else f": {outcome['code']}")
         place = (run.number, LAST_LINE, 0)
         self.events.publish(kind, session.workspace_id, data, session_id=session.id, session_event_id=event_id_of(place), last=True)
         self.published[session.id] = place
+        self.events.forget(session.id)  # it is told from its files
 
     def _knows(self, session):
         with contextlib.suppress(SessionNotFound):
@@ -2995,12 +3036,15 @@ class CatchUp:
 
     def batches(self):
         """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
-        workspace = self._backend.state.get(self._workspace_id)
         if self._fresh and self._pump.ready.wait(0.2) and (not self._tail or str(self._pump.position) == str(LogPosition())):
             self._position = self._pump.position.copy()  # no old line tells it, and who comes back with this id must miss nothing
+        workspace, told = self._backend.state.get(self._workspace_id), []
+        if self._fresh:
+            self._count = self._events.count
+            if workspace.status in (CREATING, ERROR) and self._tail:
+                told = [event for event in self._events.recent(self._workspace_id) if event.type == 'log'][-self._tail:]
         yield [status_event(workspace, self._place())]
-        if self._fresh and workspace.status in (CREATING, ERROR) and self._tail:
-            yield [event for event in self._events.recent(self._workspace_id) if event.type == 'log'][-self._tail:]
+        yield told
         yield from self._until_ready()
         live = Subscription()
         for _ in range(CATCH_UP_ROUNDS):
@@ -3094,8 +3138,8 @@ def dropped_event(workspace_id, lost, place):
 
 
 def is_end(batch):
-    """Tell whether events hold the last one of a workspace."""
-    return any(event.data.get('deleted') for event in batch)
+    """Tell whether events hold the last one of a workspace; what an agent says is not meant."""
+    return any(event.type == 'status' and event.data.get('deleted') for event in batch)
 
 
 def workspace_events(backend, workspace_id, *, cursor, tail, departure):
@@ -3149,7 +3193,8 @@ def session_events(backend, session_id, *, after, departure, until=None):
                         after = place
                         yield [event]
                 lost, batch = reader.take(HEARTBEAT) if until is None or after < until else (0, [])
-                batch = [event for event in batch if place_of(event.id) > after] if not lost else []
+                # A workspace's id in the place of a session's gives that one's events, which have other ids.
+                batch = [event for event in batch if event.session_id == session_id and place_of(event.id) > after] if not lost else []
                 after = place_of(batch[-1].id) if batch else after
                 yield batch
                 if until is not None and after >= until:
@@ -3388,22 +3433,26 @@ class Call:
     departure: object
     websocket: object
     accept: str = ''
+    if_none_match: str = ''
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a handler returns. `bare` sends the data without the envelope; a `stream` yields bytes, and sends neither."""
+    """What a handler returns. A `stream` yields bytes, and is sent in the place of the data."""
 
     data: object = None
     status: int = 200
     headers: dict = field(default_factory=dict)
-    bare: bool = False
     stream: object = None
 
 
 @dataclass(frozen=True)
 class Route:
-    """One line of the API. `body` and `query` name schemas; an `open` route needs no token."""
+    """One line of the API. `body` and `query` name schemas; an `open` route needs no token; a `bare` one answers without the envelope.
+
+    The rest is for the OpenAPI document: under which `tag` it stands; its `answers`, from status to the schema of the data, to a media
+    type, or to None; and the `errors` and `headers` that it has beside those of all routes.
+    """
 
     method: str
     path: str
@@ -3411,6 +3460,16 @@ class Route:
     body: str = None
     query: str = 'no-query'
     open: bool = False
+    bare: bool = False
+    tag: str = None
+    answers: dict = field(default_factory=dict)
+    errors: tuple = ()
+    headers: tuple = ()
+
+    def fits(self, path):
+        """Tell whether a path is one of this route's."""
+        pattern = re.sub('<[^>]*?(:path)?>', lambda match: '.+' if match[1] else '[^/]+', re.escape(self.path))
+        return re.fullmatch(pattern, path) is not None
 
 
 def list_workspaces(backend, call):
@@ -3480,9 +3539,9 @@ def read_log(backend, call):
         cursor = Cursor(backend.events.boot, backend.events.count, position) if position else None
         batches = workspace_events(backend, workspace.id, cursor=cursor, tail=10_000_000 if tail is None else tail, departure=call.departure)
     else:
-        lines, position = backend.logs.read(workspace.id, position=position, tail=tail), position or LogPosition()
+        lines = backend.logs.read(workspace.id, position=position, tail=tail)
         first = next(lines, [])  # here an engine that is away can still be told
-        batches = (list(backend.events.log_events(workspace.id, batch, 0, position)) for batch in itertools.chain([first], lines))
+        batches = (list(backend.events.log_events(workspace.id, batch, 0, position or LogPosition())) for batch in itertools.chain([first], lines))
     return Reply(stream=text_stream(batches), headers={**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'})
 
 
@@ -3584,7 +3643,35 @@ def get_health(backend, call):
         shown['templates'] = {name: view_image(backend.templates.state(name)) for name in [BASE, *backend.templates.names()]}
         shown['workspaces'] = {'total': sum(statuses.values()), **{status: statuses[status] for status in STATUSES}}
         shown['ports'] = {kind: {'used': used, 'total': total} for kind, (used, total) in backend.state.ports_in_use().items()}
-    return Reply(shown, bare=True)
+    return Reply(shown)
+
+
+def show_dashboard(backend, call):
+    """Show the dashboard."""
+    return show_page(backend, call, 'index.html')
+
+
+def show_reference(backend, call):
+    """Show this document as pages to read and to try."""
+    return show_page(backend, call, 'openapi.html')
+
+
+def show_document(backend, call):
+    """Get this document."""
+    return show_page(backend, call, 'openapi.json')
+
+
+def show_file(backend, call):
+    """Get a file that the pages need."""
+    return show_page(backend, call, call.path['name'])
+
+
+def show_page(backend, call, name):
+    """Return the reply that sends a page, or says that the browser has it already."""
+    page = backend.pages.find(name)
+    if page.etag in call.if_none_match:
+        return Reply(status=304, headers=page.headers, stream=())
+    return Reply(stream=[page.read()], headers=page.headers)
 
 
 def call_cursor(call):
@@ -3609,28 +3696,46 @@ def show_workspace(backend, workspace):
     return Reply(view_workspace_details(workspace, backend.workspaces.usage(workspace.id), backend.config))
 
 
+EVENT_STREAM, PLAIN_TEXT, HTML_PAGE = 'text/event-stream', 'text/plain', 'text/html'
+ENGINE_TROUBLE = (DockerError, EngineUnavailable)
+CHANGE = {'tag': 'Workspaces', 'answers': {202: 'workspace'}, 'errors': (WorkspaceNotFound, WorkspaceNotRunning, *ENGINE_TROUBLE)}
+TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
+TASK_ERRORS = (WorkspaceNotFound, WorkspaceNotRunning, SessionBusy, TooMany, *ENGINE_TROUBLE)
+PAGE = {'tag': 'Pages', 'open': True, 'bare': True, 'headers': ('ETag',)}
 ROUTES = (
-    Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query'),
-    Route('POST', '/api/workspaces', create_workspace, body='workspace-create'),
-    Route('GET', '/api/workspaces/<id>', get_workspace),
-    Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update'),
-    Route('DELETE', '/api/workspaces/<id>', delete_workspace),
-    Route('POST', '/api/workspaces/<id>/start', start_workspace),
-    Route('POST', '/api/workspaces/<id>/stop', stop_workspace),
-    Route('POST', '/api/workspaces/<id>/restart', restart_workspace),
-    Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query'),
-    Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query'),
-    Route('POST', '/api/agent/execute', execute_task, body='agent-execute'),
-    Route('GET', '/api/agent/sessions', list_sessions, query='session-list-query'),
-    Route('GET', '/api/agent/sessions/<id>', get_session),
-    Route('GET', '/api/agent/sessions/<id>/events', get_transcript, query='transcript-query'),
-    Route('POST', '/api/agent/sessions/<id>/cancel', cancel_session),
-    Route('DELETE', '/api/agent/sessions/<id>', delete_session),
-    Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query'),
-    Route('GET', '/agent/ws', open_websocket, open=True),
-    Route('POST', '/api/tickets', issue_ticket),
-    Route('GET', '/api/templates', list_templates),
-    Route('GET', '/health', get_health, open=True),
+    Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces', answers={200: 'workspace-list'}),
+    Route('POST', '/api/workspaces', create_workspace, body='workspace-create', tag='Workspaces', answers={201: 'workspace'}, headers=('Location',),
+          errors=(WorkspaceAlreadyExists, PortExhausted, *ENGINE_TROUBLE)),
+    Route('GET', '/api/workspaces/<id>', get_workspace, tag='Workspaces', answers={200: 'workspace-details'}, errors=(WorkspaceNotFound,)),
+    Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update', tag='Workspaces', answers={200: 'workspace-details'},
+          errors=(WorkspaceNotFound, WorkspaceAlreadyExists, WorkspaceNotRunning, *ENGINE_TROUBLE)),
+    Route('DELETE', '/api/workspaces/<id>', delete_workspace, tag='Workspaces', answers={200: 'workspace-deleted', 202: 'workspace-deleted'},
+          errors=(WorkspaceNotFound, *ENGINE_TROUBLE)),
+    Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
+    Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE),
+    Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
+    Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces', answers={200: EVENT_STREAM},
+          errors=(WorkspaceNotFound, TooMany)),
+    Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query', tag='Workspaces', answers={200: PLAIN_TEXT},
+          errors=(WorkspaceNotFound, TooMany, *ENGINE_TROUBLE)),
+    Route('POST', '/api/agent/execute', execute_task, body='agent-execute', tag='Agents', answers=TASK_ANSWERS, errors=TASK_ERRORS,
+          headers=('X-Session-Id', 'X-Run-Id', 'Location')),
+    Route('GET', '/api/agent/sessions', list_sessions, query='session-list-query', tag='Agents', answers={200: 'session-list'}, errors=(WorkspaceNotFound,)),
+    Route('GET', '/api/agent/sessions/<id>', get_session, tag='Agents', answers={200: 'session-details'}, errors=(SessionNotFound,)),
+    Route('GET', '/api/agent/sessions/<id>/events', get_transcript, query='transcript-query', tag='Agents', answers={200: 'transcript'},
+          errors=(SessionNotFound, *ENGINE_TROUBLE)),
+    Route('POST', '/api/agent/sessions/<id>/cancel', cancel_session, tag='Agents', answers={202: 'session-details'}, errors=(SessionNotFound,)),
+    Route('DELETE', '/api/agent/sessions/<id>', delete_session, tag='Agents', answers={200: 'session-deleted'},
+          errors=(SessionNotFound, SessionBusy, *ENGINE_TROUBLE)),
+    Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query', tag='Agents', answers={200: EVENT_STREAM}, errors=(TooMany,)),
+    Route('GET', '/agent/ws', open_websocket, open=True, tag='Streams', answers={101: None}, errors=(UpgradeRequired,)),
+    Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
+    Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
+    Route('GET', '/health', get_health, open=True, bare=True, tag='Server', answers={200: 'health'}),
+    Route('GET', '/', show_dashboard, answers={200: HTML_PAGE}, **PAGE),
+    Route('GET', '/openapi', show_reference, answers={200: HTML_PAGE}, **PAGE),
+    Route('GET', '/openapi.json', show_document, answers={200: 'application/json'}, **PAGE),
+    Route('GET', '/static/<name>', show_file, answers={200: '*/*'}, errors=(NotFound,), **PAGE),
 )
 
 
@@ -3664,10 +3769,10 @@ def endpoint(backend, route):
             query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
             body = read_body(backend.schemas, route.body, environ) if route.body else None
             reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
-                                                departure_of(environ), environ.get('wsgi.websocket'), environ.get('HTTP_ACCEPT', '')))
+                                                departure_of(environ), environ.get('wsgi.websocket'), environ.get('HTTP_ACCEPT', ''), environ.get('HTTP_IF_NONE_MATCH', '')))
             if reply.stream is not None:
                 return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
-            return respond(reply.data if reply.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
+            return respond(reply.data if route.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
         except BackendError as error:
             return respond(view_error(error), error.status, error.headers)
         except Exception as error:
@@ -3719,6 +3824,210 @@ def read_body(schemas, name, environ):
 
 
 # ---------------------------------------------------------------------------------------------
+# OpenAPI
+# ---------------------------------------------------------------------------------------------
+
+EVERYWHERE = (ValidationError, Forbidden, BackendError)  # errors that each route has
+WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
+HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
+JSON_TYPE = 'application/json'
+
+
+def openapi_document(routes, schemas, frame):
+    """Return the OpenAPI document of a table of routes; `frame` is what does not come from them."""
+    document = copy.deepcopy(frame)
+    document['info']['version'] = VERSION
+    named = {name: schema for name, schema in schemas.documents.items() if not name.endswith('-query')}
+    titles = {name: schema['title'] for name, schema in named.items()}
+    document['components']['schemas'] = {titles[name]: component(schema, titles) for name, schema in named.items()}
+    document['components']['schemas']['Error']['properties']['code']['examples'] = sorted({error.code for error in every_error()})
+    document['components']['examples'] = {example['code']: {'value': example} for example in schemas.documents['error']['examples']}
+    document['paths'] = {}
+    for route in routes:
+        path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
+        document['paths'].setdefault(path, {})[route.method.lower()] = operation(route, schemas, titles, frame['components']['parameters'])
+    return document
+
+
+def every_error(above=BackendError):
+    """Yield the classes of all errors that a client may be told."""
+    yield above
+    for error in above.__subclasses__():
+        yield from every_error(error)
+
+
+def component(schema, titles):
+    """Return a schema file as a component: it names the others as the document does."""
+    own = titles[next(name for name, title in titles.items() if title == schema['title'])]
+
+    def renamed(node):
+        if isinstance(node, list):
+            return [renamed(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        node = {key: renamed(value) for key, value in node.items() if key != '$schema'}
+        if isinstance(node.get('$ref'), str):
+            file, _, pointer = node['$ref'].partition('#')
+            node['$ref'] = f"#/components/schemas/{titles[file.removesuffix('.json')] if file else own}{pointer}"
+        return node
+    return renamed(schema)
+
+
+def operation(route, schemas, titles, known):
+    """Return what the document says of one route."""
+    words = ' '.join(route.handler.__doc__.split())
+    summary = re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
+    name = re.sub('_([a-z])', lambda match: match[1].upper(), route.handler.__name__)
+    shown = {'operationId': name, 'summary': summary, 'description': words, 'tags': [route.tag] if route.tag else []}
+    shown |= {'security': []} if route.open else {}
+    parameters = list(parameters_of(route, schemas, known))
+    shown |= {'parameters': parameters} if parameters else {}
+    if route.body:
+        shown['requestBody'] = {'required': True, 'content': {JSON_TYPE: {'schema': schema_ref(titles[route.body])}}}
+    if 101 in route.answers:
+        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']), 'receive': schema_ref(titles['event'])}
+    shown['responses'] = {str(status): answer(route, status, schemas, titles) for status in route.answers} | failures(route)
+    return shown
+
+
+def schema_ref(title):
+    """Return a reference to a schema of the document."""
+    return {'$ref': f'#/components/schemas/{title}'}
+
+
+def parameters_of(route, schemas, known):
+    """Yield the parameters of a route: of its path, its query, and for a stream what an EventSource sends."""
+    parts = route.path.split('/')
+    for before, part in zip(parts, parts[1:], strict=False):
+        if part.startswith('<'):
+            key = next(key for key in (before, part.strip('<>').partition(':')[0]) if key in known)
+            yield {'$ref': f'#/components/parameters/{key}'}
+    document = schemas.documents[route.query]
+    for name, schema in document['properties'].items():
+        words = {key: value for key, value in schema.items() if key != 'description'}
+        yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()), 'description': schema.get('description', ''), 'schema': words}
+    if route.method == 'GET' and EVENT_STREAM in route.answers.values():
+        yield {'$ref': '#/components/parameters/Last-Event-ID'}
+        yield {'$ref': '#/components/parameters/ticket'}
+
+
+def answer(route, status, schemas, titles):
+    """Return what the document says of one way in which a route succeeds."""
+    wanted = route.answers[status]
+    shown = {'description': bottle.HTTP_CODES.get(status, 'Success')}
+    if route.headers:
+        shown['headers'] = {name: {'$ref': f'#/components/headers/{name}'} for name in route.headers}
+    if wanted == EVENT_STREAM:
+        lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n" for example in schemas.documents['event']['examples'])
+        text = {'type': 'string', 'description': 'The data of each event is an Event as JSON. Lines that begin with a colon are signs of life.',
+                'contentMediaType': JSON_TYPE, 'contentSchema': schema_ref(titles['event'])}
+        shown['content'] = {EVENT_STREAM: {'schema': text, 'example': f': events\nretry: {RETRY}\n\n{lines}'}}
+    elif wanted and '/' in wanted:
+        shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'}}}
+    elif wanted:
+        data = schema_ref(titles[wanted])
+        envelope = {'type': 'object', 'required': ['success', 'data'], 'properties': {'success': {'const': True}, 'data': data}}
+        shown['content'] = {JSON_TYPE: {'schema': data if route.bare else envelope} | example_of(wanted, schemas, bare=route.bare)}
+    return shown
+
+
+def example_of(name, schemas, *, bare):
+    """Return the example of an answer as a media type has it: that of its schema, in the envelope unless it is bare."""
+    schema = schemas.documents[name]
+    if schema.get('type') == 'array':
+        examples = [schemas.documents[schema['items']['$ref'].removesuffix('.json')]['examples']]
+    else:
+        examples = schema.get('examples', [])
+    return {'example': examples[0] if bare else {'success': True, 'data': examples[0]}} if examples else {}
+
+
+def failures(route):
+    """Return what the document says of the ways in which a route fails, by their status."""
+    errors = {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)), *(WITH_A_BODY if route.body else ())}
+    shown = {}
+    for status in sorted({error.status for error in errors}):
+        codes = sorted({error.code for error in errors if error.status == status})
+        shown[str(status)] = {'description': ' or '.join(codes), 'content': {JSON_TYPE: {
+            'schema': schema_ref('Error'), 'examples': {code: {'$ref': f'#/components/examples/{code}'} for code in codes}}}}
+        if status in HEADERS_OF_ERRORS:
+            name = HEADERS_OF_ERRORS[status]
+            shown[str(status)]['headers'] = {name: {'$ref': f'#/components/headers/{name}'}}
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages
+# ---------------------------------------------------------------------------------------------
+
+MEDIA_TYPES = {'.html': 'text/html; charset=utf-8', '.js': 'text/javascript; charset=utf-8', '.css': 'text/css; charset=utf-8',
+               '.svg': 'image/svg+xml', '.json': JSON_TYPE}
+SAFE_HEADERS = {
+    'Cache-Control': 'no-cache', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
+    'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+# Scalar writes its styles into the page, and compiles templates of its own making.
+REFERENCE_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
+    'img-src', 'font-src data:; img-src')
+SCALAR = 'flask_openapi3_scalar'  # a package from PyPI, of which only the script is used
+
+
+class Page:
+    """A file that a browser is sent, or a text that was made in its place; read when it is asked for."""
+
+    def __init__(self, name, path=None, text=None, **headers):
+        self._path = path
+        self._text = text
+        self.headers = {'Content-Type': MEDIA_TYPES.get(Path(name).suffix, 'application/octet-stream'), **SAFE_HEADERS, **headers, 'ETag': self.etag}
+
+    @property
+    def etag(self):
+        """What tells this version from another."""
+        if self._path is None:
+            return f'"{hashlib.sha256(self._text.encode()).hexdigest()[:20]}"'
+        found = self._path.stat()
+        return f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
+
+    def read(self):
+        """Return its bytes."""
+        return self._text.encode() if self._path is None else self._path.read_bytes()
+
+
+class Pages:
+    """What people see in a browser: the dashboard, the reference of the API, and what these load. None of it needs the internet."""
+
+    def __init__(self, folder, document):
+        self._folder = folder
+        self._text = json.dumps(document, ensure_ascii=False, indent=1)
+        self._document = document
+
+    def find(self, name):
+        """Return a page by its name; raise NotFound."""
+        if name == 'openapi.json':
+            return Page(name, text=self._text)
+        if name == 'openapi.html':
+            return self._reference()
+        path = self._scalar() if name == 'scalar.js' else self._folder / name
+        if path is None or path.name.startswith(('.', 'openapi-')) or not path.is_file():
+            raise NotFound(f'There is no file {name[:100]!r} here.')
+        return Page(name, path)
+
+    def _reference(self):
+        if self._scalar() is not None:
+            return Page('openapi.html', self._folder / 'openapi-scalar.html', **{'Content-Security-Policy': REFERENCE_POLICY})
+        rows = ''.join(f'<tr><td>{html.escape(method.upper())}</td><td>{html.escape(path)}</td><td>{html.escape(told["summary"])}</td></tr>\n'
+                       for path, operations in self._document['paths'].items() for method, told in operations.items())
+        return Page('openapi.html', text=(self._folder / 'openapi-plain.html').read_text().replace('<!-- routes -->', rows))
+
+    @staticmethod
+    def _scalar():
+        """Return where Scalar's script is, or None; the package itself is not imported, since it would want Flask."""
+        spec = importlib.util.find_spec(SCALAR)
+        path = Path(spec.origin).parent / 'templates' / 'scalar' / 'js' / 'scalar.standalone.js' if spec and spec.origin else None
+        return path if path is not None and path.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------
 # Server
 # ---------------------------------------------------------------------------------------------
 
@@ -3741,6 +4050,7 @@ class Backend:
     workspaces: Workspaces
     agents: Agents
     streams: Streams
+    pages: Pages
     started_at: float = field(default_factory=time.monotonic)
 
     def open(self):
@@ -3767,7 +4077,10 @@ def make_backend(config):
     logs = Logs(events, engine)
     workspaces, agents = Workspaces(config, state, events, engine, templates, logs), Agents(config, state, events, engine)
     workspaces.on_connected.append(agents.resume)
-    return Backend(config, Schemas(DATA / 'schemas'), state, events, engine, templates, logs, workspaces, agents, Streams(config.max_streams))
+    schemas = Schemas(DATA / 'schemas')
+    frame = json.loads((DATA / 'static' / 'openapi-frame.json').read_text())
+    pages = Pages(DATA / 'static', openapi_document(ROUTES, schemas, frame))
+    return Backend(config, schemas, state, events, engine, templates, logs, workspaces, agents, Streams(config.max_streams), pages)
 
 
 def make_app(backend):
@@ -3784,7 +4097,7 @@ class Gate:
         self._streams = streams
         self._hosts = {host.lower() for host in (config.host, *config.allowed_hosts) if host not in ('0.0.0.0', '::')}
         self._origins = {origin.lower().rstrip('/') for origin in config.allowed_origins}
-        self._open = {(route.method, route.path) for route in ROUTES if route.open}
+        self._open = [route for route in ROUTES if route.open]
 
     def __call__(self, environ, start_response):
         origin = environ.get('HTTP_ORIGIN')
@@ -3796,10 +4109,11 @@ class Gate:
         try:
             self.check_host_and_origin(environ)
             allowed = True
+            self._check_path(environ)
             if environ['REQUEST_METHOD'] == 'OPTIONS':
                 return self._options(environ, start)
             environ['agentbackend.trusted'] = self._has_token(environ) or self._has_ticket(environ)
-            if not environ['agentbackend.trusted'] and (environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']) not in self._open:
+            if not environ['agentbackend.trusted'] and not self._is_open(environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']):
                 raise Unauthorized("This server needs its API token: send 'Authorization: Bearer <API_TOKEN>'.",
                                    headers={'WWW-Authenticate': 'Bearer'})
             if environ.get('wsgi.websocket') is None:
@@ -3827,6 +4141,17 @@ class Gate:
             return False
         return origin in self._origins or (parts.scheme in ('http', 'https') and is_loopback(parts.hostname or '-'))
 
+    @staticmethod
+    def _check_path(environ):
+        """Refuse a path that is no UTF-8: Bottle would leave out what it can't read, and find another route."""
+        try:
+            environ['PATH_INFO'].encode('latin-1').decode()
+        except UnicodeDecodeError as error:
+            raise NotFound('There is nothing here; a path is written in UTF-8.') from error
+
+    def _is_open(self, method, path):
+        return any(route.method == method and route.fits(path) for route in self._open)
+
     def _has_token(self, environ):
         if not self._config.api_token:
             return True
@@ -3849,7 +4174,7 @@ class Gate:
         return environ['PATH_INFO'] == '/agent/ws'
 
     def _options(self, environ, start):
-        methods = [route.method for route in ROUTES if re.fullmatch(re.sub('<[^>]+>', '[^/]+', route.path), environ['PATH_INFO'])]
+        methods = [route.method for route in ROUTES if route.fits(environ['PATH_INFO'])]
         if not methods:
             return self._refuse(environ, start, NotFound(f"There is no {environ['PATH_INFO'][:200]} here."))
         headers = [('Allow', ', '.join(dict.fromkeys([*methods, *(['HEAD'] if 'GET' in methods else []), 'OPTIONS'])))]

@@ -5,9 +5,12 @@ Translators   from the lines of an agent to events
 Runs          from the bytes of a run to events with their places
 """
 import json
+import math
+from datetime import datetime
 
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
+MAX_FIELDS = 50  # of one event
 
 # ---------------------------------------------------------------------------------------------
 # Plans
@@ -58,6 +61,40 @@ def shorten(text, limit=MAX_WORDS):
 # Translators
 # ---------------------------------------------------------------------------------------------
 
+def parse_record(text):
+    """Return the JSON object of a line, or None for anything else, NaN and infinite numbers included: a browser could not read them."""
+    try:
+        record = json.loads(text, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def finite(text):
+    """Return a number that JSON has; raise ValueError for the others."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def bounded(value):
+    """Return a value of an event so that it is neither large nor deep; if it was, as text."""
+    if isinstance(value, (dict, list)):
+        text = json.dumps(value, ensure_ascii=False)
+        return value if len(text) <= MAX_WORDS and text.count('[') + text.count('{') <= 100 else shorten(text)
+    return shorten(value) if isinstance(value, str) else value
+
+
+def is_time(text):
+    """Tell whether a time is one of a calendar."""
+    try:
+        datetime.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')
+    except (TypeError, ValueError, KeyError):
+        return False
+    return True
+
+
 class CommandLines:
     """The lines of the `command` agent: one of our events as JSON, or plain text. `line` gives [(type, data)].
 
@@ -78,13 +115,12 @@ class CommandLines:
 
     def line(self, text):
         """Return the events of one line. A result or error record is the end; it becomes the run's last event."""
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}), dict):
+        record = parse_record(text)
+        if record is None or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}), dict):
             return [('message', {'message': shorten(text)})] if text.strip() else []
-        data = {key: shorten(value) if isinstance(value, str) else value for key, value in record.get('data', {}).items()}
+        data = {shorten(key, 100): bounded(value) for key, value in list(record.get('data', {}).items())[:MAX_FIELDS]}
+        if record['type'] in ('log', 'message'):
+            data['message'] = shorten(data.get('message', ''))
         if record['type'] == 'result':
             self.outcome = self.outcome or {'ok': True, 'data': data}
             return []
@@ -104,6 +140,7 @@ class ClaudeLines:
         self.outcome = None
         self.stamp = None
         self.conversed = False
+        self._begun = False
         self._plan = Plan()
         self._tools = {}  # id -> (name, title)
         self._tasks = {}  # id -> [text while it is done, state]; the plan of the newer task tools, told bit by bit
@@ -111,26 +148,27 @@ class ClaudeLines:
 
     def line(self, text):
         """Return the events of one line."""
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
+        record = parse_record(text)
+        if record is None:
             return [('log', {'stream': 'agent', 'message': shorten(text)})] if text.strip() else []
-        if isinstance(record.get('timestamp'), str):
+        if is_time(record.get('timestamp')):
             self.stamp = record['timestamp']
         read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user, 'result': self._read_result}
-        return list(read.get(record.get('type'), lambda _: ())(record))
+        try:
+            return list(read.get(record.get('type'), lambda _: ())(record))
+        except (TypeError, AttributeError, KeyError):
+            return []  # a record of a shape that no release has had so far; the run goes on without it
 
     def end(self, status):
         """Take the exit status, which tells nothing: Claude Code ends with 0 when it was interrupted."""
 
     def _read_system(self, record):
-        if record.get('subtype') == 'init':
+        if record.get('subtype') == 'init' and not self._begun:  # a further one comes with each answer to a background task
+            self._begun = True
             yield 'log', {'stream': 'agent', 'message': f"Claude Code {record.get('claude_code_version', '')} with {record.get('model', 'its model')}"}
         elif record.get('subtype') == 'api_retry':
-            yield 'log', {'stream': 'agent', 'message': f"The API answered {record.get('error_status')} ({record.get('error')}); attempt "
-                                                        f"{record.get('attempt')} of {record.get('max_retries')} follows."}
+            what = f"answered {record['error_status']} ({record.get('error')})" if record.get('error_status') else f"did not answer ({record.get('error')})"
+            yield 'log', {'stream': 'agent', 'message': f"The API {what}; attempt {record.get('attempt')} of {record.get('max_retries')} follows."}
 
     def _read_assistant(self, record):
         self.conversed = True
@@ -191,9 +229,12 @@ class ClaudeLines:
     def _read_result(self, record):
         """Judge by this record alone: an API failure has the subtype `success`, and an interrupted CLI the exit code 0."""
         text = record.get('result') if isinstance(record.get('result'), str) else ''
-        figures = {'turns': record.get('num_turns'), 'durationMs': record.get('duration_ms'), 'total_cost_usd': record.get('total_cost_usd') or 0}
+        # An agent that waited for its background tasks tells several ends; turns and time are each one's own, the cost is all of it.
+        before = self.outcome or {'turns': 0, 'durationMs': 0}
+        figures = {'turns': before['turns'] + number_of(record, 'num_turns'), 'durationMs': before['durationMs'] + number_of(record, 'duration_ms'),
+                   'total_cost_usd': number_of(record, 'total_cost_usd')}
         if not record.get('is_error') and record.get('subtype') == 'success':
-            refused = len(record.get('permission_denials') or ())
+            refused = len(list_of(record, 'permission_denials'))
             self.outcome = {'ok': True, 'data': {'message': shorten(text)} | ({'permissionDenials': refused} if refused else {}), **figures}
         else:
             code, message = self._why(record, text)
@@ -201,17 +242,26 @@ class ClaudeLines:
         return ()
 
     def _why(self, record, text):
-        errors = ' '.join(str(item) for item in record.get('errors') or ())
-        if record.get('subtype') in self.ENDS:
+        errors = ' '.join(str(item) for item in list_of(record, 'errors'))
+        if str(record.get('subtype')) in self.ENDS:
             return self.ENDS[record['subtype']]
-        if 'Not logged in' in text or 'Invalid API key' in text:
-            return 'AGENT_NOT_LOGGED_IN', (f'{text} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN in the '
+        if 'Not logged in' in text or 'Invalid API key' in text or record.get('api_error_status') == 401:
+            return 'AGENT_NOT_LOGGED_IN', (f'{shorten(text)} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN in the '
                                            'environment of the server, and start it again.')
         if 'No conversation found' in errors:
             return 'AGENT_UNKNOWN_CONVERSATION', f'{errors} The next task of the session begins a new conversation.'
         if record.get('api_error_status') or record.get('terminal_reason') == 'api_error':
             return 'AGENT_API_ERROR', shorten(text or errors)
         return 'AGENT_FAILED', shorten(text or errors or f"The agent ended with {record.get('subtype')}.")
+
+
+def number_of(record, name):
+    value = record.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+
+
+def list_of(record, name):
+    return record[name] if isinstance(record.get(name), list) else []
 
 
 def blocks_of(record):
@@ -235,9 +285,10 @@ def tool_title(name, wish):
 class RunReader:
     """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the same bytes."""
 
-    def __init__(self, number, lines):
+    def __init__(self, number, lines, strike=str):
         self.number = number
         self.lines = lines
+        self._strike = strike  # takes secrets out of a line, before a shortened message can hold a part of one
         self.offset = 0  # bytes taken
         self.count = 0  # lines
         self._rest = bytearray()
@@ -254,7 +305,7 @@ class RunReader:
             return []
         *lines, rest = bytes(self._rest).split(b'\n')
         self._rest = bytearray(rest)
-        if ended and rest:
+        if ended and (rest or self._too_long):
             self._rest.clear()
             lines.append(rest)
         return [event for line in lines for event in self._line(line)]
@@ -263,5 +314,5 @@ class RunReader:
         self.count += 1
         too_long, self._too_long = self._too_long or len(line) > MAX_LINE, False
         events = [('log', {'stream': 'agent', 'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
-            else self.lines.line(line.decode('utf-8', 'replace'))
+            else self.lines.line(self._strike(line.decode('utf-8', 'replace')))
         return [((self.number, self.count, index), kind, data, self.lines.stamp) for index, (kind, data) in enumerate(events)]

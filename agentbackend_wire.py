@@ -319,7 +319,7 @@ class Socket(WebSocket):
             self._goodbye(b'')
             return
         code, reason = struct.unpack('!H', payload[:2])[0], payload[2:].decode('utf-8')
-        if not self._is_valid_close_code(code):
+        if not self._is_valid_close_code(code) or code > 4999:
             raise ProtocolError(f'invalid close code {code}')
         self.close_code = code
         self._goodbye(struct.pack('!H', code) + reason.encode())

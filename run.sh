@@ -35,9 +35,12 @@ need() {
     fi
 }
 
+# It carries the script that /openapi shows; the Flask that it would bring along is not needed for that.
+SCALAR='flask-openapi3-scalar>=1.44.15'
+
 make_venv() {
     local wanted
-    wanted=$(python3 --version; pwd; sha256sum setup.cfg pyproject.toml)
+    wanted=$(python3 --version; pwd; echo "$SCALAR"; sha256sum setup.cfg pyproject.toml)
     [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted" ] && return
     say "making .venv"
     rm -rf .venv
@@ -47,6 +50,7 @@ make_venv() {
         python3 -m venv .venv
     fi
     .venv/bin/pip install -qq --disable-pip-version-check -e '.[test]'
+    .venv/bin/pip install -qq --disable-pip-version-check --no-deps "$SCALAR"
     echo "$wanted" >.venv/stamp
 }
 
@@ -131,7 +135,7 @@ run_tests() {
     make_venv
     see_to_engine
     see_to_base_image
-    need busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
+    need chromium=chromium busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
         nginx=nginx-light
     .venv/bin/python -m pytest "$@"
 }

@@ -19,6 +19,8 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from contract import check_answer
+
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CRASH and PRINT in its environment make it misbehave as the tests need it.
 TINY_DOCKERFILE = """\
@@ -150,7 +152,9 @@ class Served:
         """Return the response of the server, whatever its status."""
         headers = {**self.headers, **options.pop('headers', {})}
         with self.network.entered() if self.network else contextlib.nullcontext():
-            return requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
+            answer = requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
+        check_answer(method, path, answer.status_code, answer.headers, lambda: answer.text)
+        return answer
 
     def get(self, path, **options):
         """Return the JSON of a GET, without its envelope if it has one."""

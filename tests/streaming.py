@@ -1,5 +1,6 @@
 """Clients of the streams on plain sockets, which may be cut at any byte, and which see all that came."""
 import base64
+import collections
 import contextlib
 import json
 import os
@@ -77,7 +78,7 @@ class Sse(Connection):
     def __init__(self, server, path, *, after=None, timeout=10, receive_buffer=None, **headers):
         super().__init__(server, path, {'Accept': 'text/event-stream', 'Last-Event-ID': after, **server.headers, **headers}, timeout, receive_buffer)
         self.comments, self.retry, self.names, self.last_id = [], None, set(), after
-        self._rest = b''
+        self._rest, self._waiting = b'', collections.deque()  # bytes and lines that came and were not yet asked for
 
     def __iter__(self):
         """Yield the messages until the stream ends."""
@@ -100,20 +101,21 @@ class Sse(Connection):
 
     def lines(self):
         """Yield the lines of the body, without their ends."""
-        for data in self.chunks():
-            *lines, self._rest = (self._rest + data).split(b'\n')
-            yield from lines
-
-    def chunks(self):
-        """Yield the parts of the body as they were sent; raise ConnectionError if it is cut off."""
         while True:
-            size = self.file.readline()
-            if not size.endswith(b'\r\n'):
-                raise ConnectionError('the stream was cut off')
-            data = self.file.read(int(size, 16) + 2)[:-2]
+            while self._waiting:
+                yield self._waiting.popleft()
+            data = self.read_chunk()
             if not data:
                 return
-            yield data
+            *lines, self._rest = (self._rest + data).split(b'\n')
+            self._waiting.extend(lines)
+
+    def read_chunk(self):
+        """Return the next part of the body as it was sent, empty at the end; raise ConnectionError if it is cut off."""
+        size = self.file.readline()
+        if not size.endswith(b'\r\n'):
+            raise ConnectionError('the stream was cut off')
+        return self.file.read(int(size, 16) + 2)[:-2]
 
 
 class Ws(Connection):

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import time
 
@@ -277,8 +278,8 @@ class OwnEngine:
 
     def __init__(self, folder, network, *options):
         self.network, self.socket = network, folder / 'docker.sock'
-        self._log = open(folder / 'dockerd.log', 'a')
-        self._command = [*network.prefix, 'dockerd', '--data-root', str(folder / 'data'), '--exec-root', str(folder / 'exec'),
+        self._log, self._data = open(folder / 'dockerd.log', 'a'), folder / 'data'
+        self._command = [*network.prefix, 'dockerd', '--data-root', str(self._data), '--exec-root', str(folder / 'exec'),
                          '--host', f'unix://{self.socket}', '--pidfile', str(folder / 'pid'), *options]
         self._containerd = folder / 'exec' / 'containerd' / 'containerd.pid'
         self._process = None
@@ -310,6 +311,9 @@ class OwnEngine:
                 self.client.api.remove_container(item['Id'], force=True, v=True)
         self.end(15)
         self._log.close()
+        # A dockerd mounts its folder onto itself, and one that was killed leaves that behind.
+        subprocess.run(['umount', '--recursive', self._data], stderr=subprocess.DEVNULL, check=False)
+        shutil.rmtree(self._data)
 
 
 @pytest.mark.parametrize('options', [[], ['--live-restore']], ids=['plain', 'live-restore'])

@@ -1,9 +1,10 @@
 """Where the base image comes from, and that nothing hangs where no registry is."""
 import socket
 
-import agentbackend
 import gevent.event
 import pytest
+
+import agentbackend
 from agentbackend import DockerError, Engine, Templates
 
 

@@ -74,6 +74,7 @@ def test_ports_on_which_others_listen_are_passed_over(make_server):
     with listening(20000, 20200), listening(20001, host='0.0.0.0'):
         workspace = server.running('polite')
     assert workspace['codeServerPort'] == 20002 and workspace['sshPort'] == 20201
+    assert 'already in use' not in server.log.read_text()  # it looked, and did not run into them
 
 
 def test_a_port_that_was_taken_after_its_reservation_is_changed_for_the_next(own_templates, make_server, docker_client):

@@ -1,0 +1,195 @@
+"""A task of ten thousand events, each told once and in order to everybody who comes back, whatever dies in between."""
+import contextlib
+import random
+import shutil
+import subprocess
+import uuid
+
+import gevent
+import pytest
+import requests
+from agents import begin, ended, transcript
+from conftest import ROOT, Network, Served, remove_images, remove_objects
+from streaming import Sse
+from test_adoption import OwnEngine
+
+COUNT = 10_000
+# 50 events every tenth of a second or so, with a plain line and one of two lines' length now and then.
+AGENT = ("""sh -c 'n=0; while [ $n -lt %d ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); """
+         """echo "{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}"; done; sleep 0.08; done'""" % (COUNT, COUNT))
+DOCKERFILE = """\
+# Debian with what agents need of templates/base, that answers as a workspace does.
+FROM {base}
+LABEL agentbackend.test={test}
+COPY busybox entry banner agent-run agent-sweep /usr/local/bin/
+RUN useradd --uid 1000 --user-group --create-home dev && ln -s /usr/local/bin/busybox /bin/busybox
+ENTRYPOINT ["/usr/local/bin/entry"]
+"""
+ENTRY = """\
+#!/bin/sh
+mkdir -p /www "$PROJECT_DIR" && chown -R dev "$WORKSPACE_BASE_PATH"
+echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
+busybox httpd -p 8443 -h /www
+busybox nc -ll -p 2222 -e /usr/local/bin/banner &
+trap 'exit 0' TERM
+while :; do sleep 1000 & wait $!; done
+"""
+BANNER = '#!/bin/sh\necho SSH-2.0-tiny\n'
+
+
+class Follower:
+    """A client that is cut off again and again, and comes back with the id of the last event that it has seen."""
+
+    def __init__(self, server, path, seed):
+        self.server, self.path, self.dice = server, path, random.Random(seed)
+        self.events, self.last_id, self.stream, self.cuts, self.done = [], None, None, 0, False
+
+    def run(self):
+        while not self.done:
+            try:
+                with Sse(self.server, self.path, after=self.last_id, timeout=30) as self.stream:
+                    for event in self.stream:
+                        self.last_id = event['id'] or self.last_id
+                        if 'sessionId' not in event:
+                            continue
+                        self.events.append((event['type'], event['data']))
+                        if event['type'] in ('result', 'error'):
+                            self.done = True
+                            return
+            except (OSError, ValueError):
+                gevent.sleep(0.02)
+
+    def cut_for_ever(self):
+        while not self.done:
+            gevent.sleep(self.dice.uniform(0.02, 0.3))
+            if self.stream is not None:
+                self.stream.cut()
+                self.cuts += 1
+
+    @property
+    def steps(self):
+        return [data['step'] for kind, data in self.events if kind == 'progress']
+
+
+@pytest.fixture(scope='module')
+def template(tmp_path_factory, docker_client):
+    """A folder with a small template in which agents can work."""
+    folder, test = tmp_path_factory.mktemp('exact-templates'), uuid.uuid4().hex
+    base = next(name for name in ('debian:bookworm-slim', 'agentbackend-debian:bookworm') if docker_client.images.list(name))
+    target = folder / 'agents'
+    target.mkdir()
+    shutil.copy(shutil.which('busybox'), target / 'busybox')
+    for name in ('agent-run', 'agent-sweep'):
+        shutil.copy(ROOT / 'templates' / 'base' / 'bin' / name, target / name)
+    for name, text in (('Dockerfile', DOCKERFILE.format(base=base, test=test)), ('entry', ENTRY), ('banner', BANNER)):
+        (target / name).write_text(text)
+    yield folder, base
+    remove_images(docker_client, test)
+
+
+def settings_of(folder):
+    return {'TEMPLATES_DIR': str(folder), 'DEFAULT_TEMPLATE': 'agents', 'AGENT_COMMAND': AGENT, 'DEFAULT_AGENT': 'command', 'LOG_LEVEL': 'info'}
+
+
+def die_and_come_back(served, die, until_done, *, times):
+    """Let it die so many times while the task runs; return how often it did."""
+    count, dice = 0, random.Random(7)
+    while count < times and not until_done():
+        gevent.sleep(dice.uniform(0.6, 1.4))
+        die(count)
+        count += 1
+    return count
+
+
+def follow(served, die, *, times):
+    """Run the task with a client of its session and one of its workspace; return both, and how often something died."""
+    workspace = served.running('work')
+    served.settings['PORT'] = str(served.port)  # clients come back to where they were
+    session = 'exact'
+    followers = [Follower(served, f'/agent/sse/{session}', 1), Follower(served, f"/api/workspaces/{workspace['id']}/events", 2)]
+    jobs = [gevent.spawn(one.run) for one in followers]
+    gevent.sleep(0.3)  # the one of the workspace is there before the task
+    begin(served, 'count', sessionId=session)
+    jobs += [gevent.spawn(one.cut_for_ever) for one in followers]
+    deaths = die_and_come_back(served, die, lambda: followers[0].done, times=times)
+    with contextlib.suppress(AssertionError):
+        served.until(lambda: all(one.done for one in followers), 60)
+    gevent.killall(jobs)
+    print(f'{deaths} deaths', [(one.cuts, len(one.events)) for one in followers])
+    return *followers, deaths
+
+
+def restart(served):
+    served.kill()
+    gevent.sleep(0.1)
+    served.start(connected=False)
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory, template, docker_client):
+    """A task during which the server was killed ten times, and its clients more than a hundred times."""
+    folder, _ = template
+    served = Served(tmp_path_factory.mktemp('killed'), folder, **settings_of(folder)).start()
+    try:
+        yield served, *follow(served, lambda number: restart(served), times=10)
+    finally:
+        served.stop()
+        print(served.log.read_text()[-6000:])
+        remove_objects(docker_client, served.instance)
+
+
+def test_each_event_of_a_session_comes_once_and_in_order_over_ten_kills_of_the_server(killed):
+    served, session, _, deaths = killed
+    assert deaths == 10 and session.cuts >= 100, 'it was not disturbed enough to mean something'
+    assert session.steps == list(range(1, COUNT + 1))
+    assert session.events[0][0] == 'log' and session.events[-1][0] == 'result' and len(session.events) == COUNT + 2
+    assert session.events == [(event['type'], event['data']) for event in transcript(served, 'exact')]
+
+
+def test_a_reader_of_the_workspace_sees_each_event_of_the_task_once_and_in_order(killed):
+    *_, workspace, _ = killed
+    assert workspace.done and workspace.cuts >= 100
+    assert len(set(workspace.steps)) == len(workspace.steps), 'repeated'
+    assert workspace.steps == list(range(1, COUNT + 1))
+
+
+def test_the_end_is_told_again_in_the_same_words_by_a_new_server(killed):
+    served, session, *_ = killed
+    restart(served)
+    served.until(lambda: served.get('/health')['docker'] == 'connected')
+    with Sse(served, '/agent/sse/exact', after=f'1-{COUNT}-0') as stream:
+        event = next(iter(stream))
+    assert (event['id'], event['type'], event['data']) == ('1-end-0', *session.events[-1])
+    assert ended(served, 'exact')['state'] == 'completed'
+    assert 'Traceback' not in served.log.read_text()
+
+
+def test_each_event_comes_once_and_in_order_over_deaths_of_the_engine(tmp_path_factory, template):
+    folder, base = template
+    place, network = tmp_path_factory.mktemp('engine'), Network()
+    engine = OwnEngine(place, network, '--live-restore').start()
+    served = Served(place, folder, network=network, DOCKER_HOST=f'unix://{engine.socket}', **settings_of(folder))
+    try:
+        with subprocess.Popen(['docker', 'save', base], stdout=subprocess.PIPE) as saved:
+            engine.client.images.load(saved.stdout)
+        served.start()
+
+        def die(number):
+            engine.end(9 if number % 2 == 0 else 15)
+            gevent.sleep(0.3)
+            engine.start()
+            if number == 2:
+                restart(served)
+
+        session, workspace, deaths = follow(served, die, times=4)
+        assert deaths == 4 and session.cuts >= 50
+        assert session.steps == list(range(1, COUNT + 1)) and session.events[-1][0] == 'result'
+        assert workspace.steps == session.steps
+    finally:
+        served.stop()
+        print(served.log.read_text()[-6000:])
+        with contextlib.suppress(requests.RequestException):
+            remove_objects(engine.client, served.instance)
+        engine.close()
+        network.close()
+        subprocess.run(['umount', '-q', str(place / 'data')], check=False)

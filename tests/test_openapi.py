@@ -1,0 +1,143 @@
+"""The API shows itself: its document fits the standard, the routes and what is really answered."""
+import json
+import re
+
+import contract
+import jsonschema
+import pytest
+from conftest import ROOT
+from contract import DOCUMENT, FRAME, check_answer
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from agentbackend import ROUTES, BackendError, Schemas, every_error, failures
+
+SCHEMAS = DOCUMENT['components']['schemas']
+OPERATIONS = [(method, path, told) for path, methods in DOCUMENT['paths'].items() for method, told in methods.items()]
+every_operation = pytest.mark.parametrize(('method', 'path', 'told'), OPERATIONS, ids=[f'{method} {path}' for method, path, _ in OPERATIONS])
+
+
+def test_the_document_is_valid_openapi():
+    assert DOCUMENT['openapi'].startswith('3.1.')
+    assert [error.message for error in OpenAPIV31SpecValidator(DOCUMENT).iter_errors()] == []
+
+
+def test_the_server_gives_the_document_that_the_routes_make(server):
+    answer = server.call('GET', '/openapi.json')
+    assert answer.status_code == 200 and answer.headers['Content-Type'] == 'application/json'
+    assert answer.json() == DOCUMENT
+
+
+def test_every_route_is_in_the_document_and_nothing_else():
+    routes = {(route.method.lower(), re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)) for route in ROUTES}
+    assert routes == {(method, path) for method, path, _ in OPERATIONS}
+
+
+@every_operation
+def test_an_operation_is_described(method, path, told):
+    assert told['summary'] and told['description'] and told['operationId'].isidentifier()
+    assert len(told['tags']) == 1 and told['tags'][0] in {tag['name'] for tag in FRAME['tags']}
+    good = [status for status in told['responses'] if int(status) < 400]
+    assert good and all('description' in response for response in told['responses'].values())
+    for status in good:
+        content = told['responses'][status].get('content', {})
+        assert content or status == '101'
+    known = {resolve(parameter)['name'] for parameter in told.get('parameters', ())}
+    assert set(re.findall(r'{(\w+)}', path)) <= known
+
+
+def test_operations_have_names_of_their_own():
+    names = [told['operationId'] for _, _, told in OPERATIONS]
+    assert len(set(names)) == len(names)
+
+
+@every_operation
+def test_every_error_has_an_example_of_its_code(method, path, told):
+    for status, response in told['responses'].items():
+        if int(status) < 400:
+            continue
+        examples = response['content']['application/json']['examples']
+        assert examples
+        for code, example in examples.items():
+            assert resolve(example)['value']['code'] == code
+
+
+def test_every_code_that_there_is_has_an_example():
+    codes = {error.code for error in every_error()}
+    assert codes == set(DOCUMENT['components']['examples']) and BackendError.code in codes
+    assert SCHEMAS['Error']['properties']['code']['examples'] == sorted(codes)
+
+
+@pytest.mark.parametrize('name', SCHEMAS)
+def test_the_examples_of_a_schema_fit_it(name):
+    check = contract.validator_of(('schema', name), {'$ref': f'#/components/schemas/{name}'})
+    for example in SCHEMAS[name].get('examples', ()):
+        assert [error.message for error in check.iter_errors(example)] == []
+
+
+def test_the_examples_of_the_answers_fit_them():
+    for method, path, told in OPERATIONS:
+        for status, response in told['responses'].items():
+            for content in response.get('content', {}).values():
+                if isinstance(content.get('example'), dict):
+                    check = contract.validator_of(('answer', method, path, status), content['schema'])
+                    assert [error.message for error in check.iter_errors(content['example'])] == []
+
+
+def test_a_query_is_described_as_it_is_checked():
+    documents = Schemas(ROOT / 'schemas').documents
+    for route in ROUTES:
+        path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
+        parameters = [resolve(item) for item in DOCUMENT['paths'][path][route.method.lower()].get('parameters', ())]
+        shown = {item['name'] for item in parameters if item['in'] == 'query'} - {'ticket'}
+        assert shown == set(documents[route.query]['properties'])
+
+
+def test_streams_and_the_websocket_are_described_by_events():
+    execute = DOCUMENT['paths']['/api/agent/execute']['post']['responses']['200']
+    stream = execute['content']['text/event-stream']
+    assert stream['schema']['contentSchema'] == {'$ref': '#/components/schemas/Event'}
+    data = [json.loads(line[6:]) for line in stream['example'].splitlines() if line.startswith('data: ')]
+    check = contract.validator_of('event', {'$ref': '#/components/schemas/Event'})
+    assert data and all(check.is_valid(event) for event in data)
+    assert set(execute['headers']) == {'X-Session-Id', 'X-Run-Id', 'Location'}
+    socket = DOCUMENT['paths']['/agent/ws']['get']
+    assert socket['x-websocket']['receive'] == {'$ref': '#/components/schemas/Event'} and '101' in socket['responses']
+
+
+def test_a_limit_says_when_to_come_again():
+    assert failures(next(route for route in ROUTES if route.path == '/api/agent/execute'))['429']['headers'].keys() == {'Retry-After'}
+
+
+@pytest.mark.parametrize('answer', [
+    ('GET', '/api/workspaces', 299, '{"success": true, "data": []}'), ('GET', '/api/workspaces', 200, '[]'),
+    ('GET', '/api/workspaces', 200, '{"success": true, "data": [], "more": 1}'), ('GET', '/health', 200, '{"status": "healthy"}'),
+    ('GET', '/api/workspaces/a', 404, '{"success": false, "error": "x", "code": "SESSION_NOT_FOUND"}'),
+    ('GET', '/api/workspaces/a', 409, '{"success": false, "error": "x", "code": "SESSION_BUSY"}'), ('GET', '/nowhere', 200, '{}'),
+    ('POST', '/api/tickets', 201, '{"success": true, "data": {"ticket": "x", "expiresIn": 30, "surprise": 1}}'),
+    ('GET', '/api/templates', 200, '{"success": true, "data": [{"name": "x", "description": "", "default": true, "image": "x", "state": "ready", "odd": 1}]}'),
+], ids=lambda answer: f'{answer[0]} {answer[1]} {answer[2]}')
+def test_the_check_of_all_answers_finds_what_is_not_promised(answer):
+    method, path, status, body = answer
+    with pytest.raises(AssertionError, match='OpenAPI'):
+        check_answer(method, path, status, {'Content-Type': 'application/json'}, lambda: body)
+
+
+def test_the_check_of_all_answers_lets_pass_what_is_promised():
+    workspaces = SCHEMAS['Workspace']['examples']
+    check_answer('GET', '/api/workspaces?type=agent', 200, {'Content-Type': 'application/json'}, lambda: json.dumps({'success': True, 'data': workspaces}))
+    check_answer('GET', '/nowhere', 404, {'Content-Type': 'application/json'}, lambda: '{"success": false, "error": "x", "code": "NOT_FOUND"}')
+
+
+def test_the_frame_names_what_the_operations_refer_to():
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS['Workspace'])
+    for ref in set(re.findall(r'"\$ref": "(#[^"]+)"', json.dumps(DOCUMENT))):
+        assert resolve({'$ref': ref})
+
+
+def resolve(node):
+    while '$ref' in node:
+        target = DOCUMENT
+        for part in node['$ref'].lstrip('#/').split('/'):
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        node = target
+    return node

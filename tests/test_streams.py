@@ -1,0 +1,721 @@
+"""SSE and WebSocket clients of workspaces on the real engine."""
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import gevent
+import gevent.pool
+import pytest
+import requests
+from conftest import ROOT, Served, remove_objects
+from streaming import PING, Sse, Ws, has_text, messages_until, statuses, texts
+
+TOKEN = 'hush-0123456789-hush'
+# A workspace prints what is put into this file, and goes on when it is put there again.
+LISTEN = 'mkfifo /say; while :; do cat /say; done &'
+
+
+def listening(server, name, **fields):
+    """Make a workspace that prints what `say` tells it to."""
+    workspace = server.running(name, env={'PRINT': LISTEN})
+    return workspace['id']
+
+
+def say(client, server, name, command):
+    """Let a workspace print what a shell command prints."""
+    code, printed = client.containers.get(f'{server.instance}-{name}').exec_run(['sh', '-c', f'while [ ! -p /say ]; do usleep 10000; done; {{ {command}\n}} >/say'])
+    assert code == 0, printed
+
+
+def events(server, workspace, query='', **options):
+    return Sse(server, f'/api/workspaces/{workspace}/events{query}', **options)
+
+
+def subscribed(server, workspace, *, buffer=None, timeout=10, **fields):
+    """Return a WebSocket that has asked for a workspace."""
+    stream = Ws(server, timeout=timeout, receive_buffer=buffer)
+    stream.send(type='subscribe', workspaceId=workspace, **fields)
+    return stream
+
+
+def follow(server, kind, workspace, *, after=None, tail=None, **options):
+    """Follow a workspace over SSE or WebSocket."""
+    if kind == 'sse':
+        return events(server, workspace, '' if tail is None else f'?tail={tail}', after=after, **options)
+    return subscribed(server, workspace, **({'after': after} if after else {}), **({} if tail is None else {'tail': tail}), **options)
+
+
+both = pytest.mark.parametrize('kind', ['sse', 'ws'])
+
+
+def is_status(status):
+    return lambda message: message['type'] == 'status' and message['data']['status'] == status
+
+
+def next_of(stream, count=1):
+    found = [message for _, message in zip(range(count), stream, strict=False)]
+    assert len(found) == count, 'the stream has ended'
+    return found[0] if count == 1 else found
+
+
+def streams_of(server):
+    """Return how many sockets the server has open."""
+    return sum(os.readlink(f'/proc/{server.process.pid}/fd/{number}').startswith('socket:')
+               for number in os.listdir(f'/proc/{server.process.pid}/fd') if os.path.lexists(f'/proc/{server.process.pid}/fd/{number}'))
+
+
+def memory_of(server):
+    return int(re.search(r'VmRSS:\s+(\d+)', open(f'/proc/{server.process.pid}/status').read())[1]) * 1024
+
+
+@pytest.fixture(scope='module')
+def printer(server):
+    """A workspace that has printed 250 numbered lines and prints no more."""
+    workspace = server.running('printer', env={'PRINT': 'n=0; while [ $n -lt 250 ]; do echo line $n; n=$((n+1)); done'})
+    server.until(lambda: 'line 249' in server.call('GET', '/api/workspaces/printer/logs').text)
+    return workspace['id']
+
+
+@pytest.fixture(scope='module')
+def talker(server):
+    """A workspace that prints what it is told."""
+    return listening(server, 'talker')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quiet(server, printer):
+    """How long it takes until something comes over quiet streams; watched while the other tests run, since it takes its time."""
+    def beat(path):
+        with Sse(server, path, timeout=80) as stream:
+            begun = time.monotonic()
+            next(line for line in stream.lines() if line.startswith(b': still here'))
+            return time.monotonic() - begun
+
+    def ping():
+        with subscribed(server, printer, timeout=80, tail=0) as stream:
+            begun = time.monotonic()
+            while stream.read_frame()[0] != PING:
+                pass
+            return time.monotonic() - begun
+
+    def mute():
+        with subscribed(server, printer, timeout=80, tail=0) as stream:
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    stream.read_frame()
+            return time.monotonic() - begun
+
+    return {'events': gevent.spawn(beat, f'/api/workspaces/{printer}/events?tail=0'), 'session': gevent.spawn(beat, '/agent/sse/quiet'),
+            'ping': gevent.spawn(ping), 'mute': gevent.spawn(mute)}
+
+
+# What a client is told first, and then
+
+
+@both
+def test_the_first_message_is_the_status_at_once(server, printer, kind):
+    begun = time.monotonic()
+    with follow(server, kind, printer) as stream:
+        first = next_of(stream)
+        assert time.monotonic() - begun < 1
+        assert (first['type'], first['workspaceId'], first['data']) == ('status', printer, {'status': 'running', 'name': 'printer'})
+        assert first['id'] and re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z', first['timestamp']) and 'sessionId' not in first
+
+
+@both
+def test_then_come_the_last_lines_and_as_many_as_were_wanted(server, printer, kind):
+    for tail, wanted in ((None, 100), (7, 7), (1, 1), (100000, 251)):
+        with follow(server, kind, printer, tail=tail) as stream:
+            told = texts(next_of(stream, wanted + 1))
+            assert told[-min(wanted, 250):] == [f'line {number}' for number in range(250)][-wanted:], tail
+            assert len(told) == wanted
+    with follow(server, 'sse', printer, tail=3) as stream:
+        assert {message['data']['stream'] for message in next_of(stream, 4)[1:]} == {'stdout'}
+
+
+@both
+def test_what_is_printed_comes_live_and_in_order(server, docker_client, talker, kind):
+    with follow(server, kind, talker, tail=0) as stream:
+        assert statuses([next_of(stream)]) == ['running']
+        say(docker_client, server, 'talker', 'for n in 1 2 3 4 5; do echo live $n; done; echo end')
+        assert texts(messages_until(stream, has_text('end'))) == [f'live {number}' for number in range(1, 6)] + ['end']
+
+
+@both
+def test_both_streams_are_told_apart(server, docker_client, kind):
+    server.running(f'apart-{kind}', env={'PRINT': 'echo to err >&2; echo last'})
+    with follow(server, kind, f'apart-{kind}') as stream:
+        lines = {message['data']['message']: message['data']['stream'] for message in next_of(stream, 4) if message['type'] == 'log'}
+    assert lines == {'tiny is up': 'stdout', 'to err': 'stderr', 'last': 'stdout'}
+
+
+def test_a_name_will_do_and_the_messages_have_the_id(server, printer):
+    with subscribed(server, 'printer') as stream:
+        assert next_of(stream)['workspaceId'] == printer
+
+
+# Coming back
+
+
+@both
+def test_who_comes_back_with_an_id_has_what_was_missed_and_nothing_twice(server, docker_client, talker, kind):
+    with follow(server, kind, talker, tail=0) as stream:
+        next_of(stream)
+        say(docker_client, server, 'talker', f'echo {kind} a; echo {kind} b')
+        seen = messages_until(stream, has_text(f'{kind} b'))[-1]['id']
+    say(docker_client, server, 'talker', f'for n in $(seq 300); do echo {kind} $n; done; echo {kind} z')
+    for _ in range(2):
+        with follow(server, kind, talker, after=seen) as stream:
+            told = messages_until(stream, has_text(f'{kind} z'))
+            assert statuses(told) == ['running'] and told[0]['type'] == 'status'
+            assert texts(told) == [f'{kind} {number}' for number in range(1, 301)] + [f'{kind} z']
+
+
+@both
+def test_the_first_id_of_a_silent_workspace_is_enough_to_miss_nothing(make_server, docker_client, kind):
+    server, name = make_server(), 'silent'
+    listening(server, name)
+    with follow(server, kind, name, tail=0) as stream:
+        seen = next_of(stream)['id']
+    say(docker_client, server, name, 'for n in $(seq 150); do echo $n; done')
+    server.kill()
+    server.start()
+    with follow(server, kind, name, after=seen) as stream:
+        assert texts(messages_until(stream, has_text('150'))) == [str(number) for number in range(1, 151)]
+
+
+def test_the_query_goes_before_the_header(server, printer):
+    with events(server, printer, '?tail=3') as stream:
+        ids = [message['id'] for message in next_of(stream, 4)]
+    with events(server, printer, f'?after={ids[2].replace("+", "%2B")}', after=ids[1]) as stream:
+        assert texts(next_of(stream, 2)) == ['line 249']
+
+
+@pytest.mark.parametrize('after', ['nonsense', '1.2', '-1.0.', '1.2.3-', 'z.1.'])
+def test_an_id_that_is_none_is_refused(server, printer, after):
+    with events(server, printer, after=after) as stream:
+        assert stream.status == 400
+    with subscribed(server, printer, after=after) as stream:
+        assert next_of(stream)['data']['code'] == 'VALIDATION_ERROR'
+
+
+@both
+def test_statuses_that_were_missed_come_too(server, kind):
+    server.running(f'missed-{kind}')
+    with follow(server, kind, f'missed-{kind}') as stream:
+        seen = next_of(stream)['id']
+    server.call('POST', f'/api/workspaces/missed-{kind}/stop')
+    server.wait_status(f'missed-{kind}', 'stopped')
+    with follow(server, kind, f'missed-{kind}', after=seen) as stream:
+        told = messages_until(stream, has_text('tiny is up'))
+    assert statuses(told) == ['stopped', 'stopping', 'stopped']
+
+
+# What a WebSocket client can say
+
+
+def test_unsubscribe_ends_it(server, docker_client, talker):
+    with subscribed(server, talker, tail=0) as stream:
+        next_of(stream)
+        stream.send(type='unsubscribe', workspaceId='talker')
+        stream.send(type='ping')
+        assert next_of(stream)['type'] == 'pong'
+        say(docker_client, server, 'talker', 'echo unheard')
+        time.sleep(0.3)
+        stream.send(type='ping')
+        assert next_of(stream)['type'] == 'pong'
+        stream.send(type='unsubscribe', workspaceId='talker')  # twice is fine
+        stream.send(type='ping')
+        assert next_of(stream)['type'] == 'pong'
+
+
+def test_subscribing_again_begins_again(server, printer):
+    with subscribed(server, printer, tail=2) as stream:
+        assert texts(next_of(stream, 3)) == ['line 248', 'line 249']
+        stream.send(type='subscribe', workspaceId=printer, tail=1)
+        assert texts(next_of(stream, 2)) == ['line 249']
+
+
+def test_one_connection_follows_several(server, printer, talker):
+    with subscribed(server, printer, tail=1) as stream:
+        stream.send(type='subscribe', workspaceId=talker, tail=0)
+        told = next_of(stream, 3)
+        assert {(message['type'], message['workspaceId']) for message in told} == {('status', printer), ('log', printer), ('status', talker)}
+
+
+def test_everything_is_the_status_of_all_and_nothing_else(server, docker_client, printer, talker):
+    with subscribed(server, '*') as stream:
+        stream.send(type='ping')
+        now = messages_until(stream, lambda message: message['type'] == 'pong')[:-1]
+        assert {message['workspaceId'] for message in now} >= {printer, talker} and {message['type'] for message in now} == {'status'}
+        say(docker_client, server, 'talker', 'echo unheard')
+        made = server.running('noticed')
+        found = messages_until(stream, is_status('running'))
+        assert {message['workspaceId'] for message in found} == {made['id']} and statuses(found) == ['creating', 'running']
+        server.call('DELETE', '/api/workspaces/noticed')
+        last = messages_until(stream, lambda message: message['data'].get('deleted'))[-1]
+        assert last['data'] == {'status': 'deleting', 'deleted': True}
+
+
+def test_who_follows_everything_and_one_is_told_each_status_once(server):
+    server.running('once')
+    with subscribed(server, '*') as stream:
+        stream.send(type='subscribe', workspaceId='once', tail=1)
+        messages_until(stream, has_text('tiny is up'))
+        server.call('POST', '/api/workspaces/once/stop')
+        found = messages_until(stream, is_status('stopped'))
+        stream.send(type='ping')
+        found += messages_until(stream, lambda message: message['type'] == 'pong')
+    assert statuses(found) == ['stopping', 'stopped']
+
+
+@pytest.mark.parametrize(('sent', 'code'), [
+    (b'{"type": "subscribe", "workspaceId": "ws-nothing"}', 'WORKSPACE_NOT_FOUND'), (b'{"type": "unsubscribe", "workspaceId": "ws-nothing"}', 'WORKSPACE_NOT_FOUND'),
+    (b'{"type": "subscribe"}', 'VALIDATION_ERROR'), (b'{"type": "subscribe", "workspaceId": ""}', 'VALIDATION_ERROR'), (b'nonsense', 'VALIDATION_ERROR'),
+    (b'', 'VALIDATION_ERROR'), (b'[]', 'VALIDATION_ERROR'), (b'null', 'VALIDATION_ERROR'), (b'{}', 'VALIDATION_ERROR'), (b'{"type": "dance"}', 'VALIDATION_ERROR'),
+    (b'{"type": "ping", "extra": 1}', 'VALIDATION_ERROR'), (b'{"type": "subscribe", "workspaceId": "printer", "tail": -1}', 'VALIDATION_ERROR'),
+    (b'{"type": "subscribe", "workspaceId": {}}', 'VALIDATION_ERROR'), (b'{"type": {}}', 'VALIDATION_ERROR'), (b'[' * 50_000, 'VALIDATION_ERROR')], ids=lambda value: repr(value)[:44])
+def test_what_makes_no_sense_is_told_and_the_connection_stays(server, sent, code):
+    with Ws(server) as stream:
+        stream.send_frame(sent)
+        told = next_of(stream)
+        assert told['type'] == 'error' and told['data']['code'] == code and told['data']['message']
+        stream.send(type='ping')
+        assert next_of(stream)['type'] == 'pong'
+    assert 'Internal error' not in server.log.read_text()
+
+
+def test_a_connection_has_a_limit_of_subscriptions(make_server):
+    """A hundred workspaces would be slow to make: their records are enough, and need no container."""
+    server = make_server()
+    server.kill()
+    made = [{'id': f'ws-fake{number:04}', 'name': f'f{number}', 'folder': 'f', 'type': 'persistent', 'template': 'tiny', 'created_at': 1.0, 'status': 'error',
+             'error': 'made up'} for number in range(101)]
+    (server.folder / 'state' / f'{server.instance}.json').write_text(json.dumps({'version': 1, 'workspaces': made}))
+    server.start()
+    with Ws(server) as stream:
+        for item in made:
+            stream.send(type='subscribe', workspaceId=item['id'])
+        refused = messages_until(stream, lambda message: message['type'] == 'error')[-1]
+        assert refused['data']['code'] == 'TOO_MANY' and refused['workspaceId'] == made[100]['id']
+        stream.send(type='unsubscribe', workspaceId='f0')
+        stream.send(type='subscribe', workspaceId='f100')
+        messages_until(stream, lambda message: message['workspaceId'] == made[100]['id'] and message['type'] == 'status')
+        # One that was deleted counts no more.
+        assert server.call('DELETE', '/api/workspaces/f1').status_code == 200
+        messages_until(stream, lambda message: message['data'].get('deleted'))
+        time.sleep(0.1)
+        stream.send(type='subscribe', workspaceId='f0')
+        assert next_of(stream)['data'] == {'status': 'error', 'name': 'f0', 'error': 'made up'}
+
+
+# What an SSE client sees
+
+
+def test_sse_is_as_a_browser_wants_it(server, printer):
+    with events(server, printer) as stream:
+        assert stream.status == 200 and stream.headers['content-type'] == 'text/event-stream; charset=utf-8'
+        assert stream.headers['cache-control'] == 'no-cache' and stream.headers['x-accel-buffering'] == 'no'
+        lines = stream.lines()
+        assert next(lines).startswith(b':') and next(lines) == b'retry: 2000' and next(lines) == b''
+        for _ in range(100):
+            assert next(lines).startswith(b'id: ') and next(lines).startswith(b'data: {') and next(lines) == b''
+
+
+def test_head_has_the_headers_and_no_body(server, printer):
+    for path in (f'/api/workspaces/{printer}/events', '/agent/sse/session-yet-to-come'):
+        answer = server.call('HEAD', path)
+        assert answer.status_code == 200 and answer.headers['Content-Type'].startswith('text/event-stream') and answer.content == b''
+    assert server.call('HEAD', '/api/workspaces/nothing/events').status_code == 404
+
+
+def test_a_stream_of_an_unknown_workspace_is_404(server):
+    for path in ('events', 'logs', 'logs?follow=1'):
+        answer = server.call('GET', f'/api/workspaces/ws-nothing/{path}')
+        assert (answer.status_code, answer.json()['code']) == (404, 'WORKSPACE_NOT_FOUND')
+    assert server.call('GET', '/api/workspaces/printer/events?tail=-1').status_code == 400
+
+
+def test_a_session_may_be_followed_before_it_exists(server):
+    with Sse(server, '/agent/sse/session-yet-to-come') as stream:
+        assert stream.status == 200 and stream.headers['content-type'].startswith('text/event-stream')
+        lines = stream.lines()
+        assert next(lines).startswith(b':') and next(lines).startswith(b'retry: ')
+        with pytest.raises(TimeoutError):
+            stream.socket.settimeout(0.5)
+            next(line for line in lines if line)
+
+
+# Logs as plain text
+
+
+def test_the_log_as_plain_text(server, printer):
+    path = '/api/workspaces/printer/logs'
+    answer = server.call('GET', path)
+    assert answer.headers['Content-Type'] == 'text/plain; charset=utf-8'
+    assert answer.text.splitlines() == ['tiny is up'] + [f'line {number}' for number in range(250)]
+    assert server.call('GET', f'{path}?tail=2').text == 'line 248\nline 249\n'
+    assert server.call('GET', f'{path}?tail=0').text == ''
+    with events(server, printer, '?tail=2') as stream:
+        stamp = next_of(stream, 3)[1]['timestamp']
+    assert server.call('GET', path, params={'since': stamp}).text.endswith('line 248\nline 249\n')
+    assert server.call('GET', path, params={'since': '2100-01-01T00:00:00Z'}).text == ''
+    assert server.call('GET', path, params={'since': '0'}).text.count('\n') == 251
+    for since in ('nonsense', '-5', '2026-13-01T00:00:00Z'):
+        assert server.call('GET', path, params={'since': since}).json()['code'] == 'VALIDATION_ERROR'
+
+
+def test_the_log_can_be_followed_as_plain_text(server, docker_client, talker):
+    say(docker_client, server, 'talker', 'echo before')
+    with contextlib.closing(server.call('GET', '/api/workspaces/talker/logs?follow=1&tail=1', stream=True)) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == b'before'
+        say(docker_client, server, 'talker', 'echo after')
+        assert next(lines) == b'after'
+
+
+def test_the_log_of_an_engine_that_is_away_is_503(server, printer, make_server):
+    other = make_server()
+    other.kill()
+    state = json.loads((server.folder / 'state' / f'{server.instance}.json').read_text())
+    state['workspaces'] = [item for item in state['workspaces'] if item['id'] == printer]
+    (other.folder / 'state' / f'{other.instance}.json').write_text(json.dumps(state))
+    other.settings['DOCKER_HOST'] = f'unix://{other.folder}/no.sock'
+    other.start(connected=False)
+    answer = other.call('GET', f'/api/workspaces/{printer}/logs')
+    assert (answer.status_code, answer.json()['code']) == (503, 'DOCKER_ERROR')
+    with events(other, printer) as stream:
+        assert statuses([next_of(stream)]) == ['running']
+        with pytest.raises(TimeoutError):
+            stream.socket.settimeout(1.5)
+            next_of(stream)
+
+
+def test_the_build_is_told_line_by_line(own_templates, make_server):
+    folder, add_template = own_templates
+    add_template('built', 'RUN echo hello from the build && sleep 1')
+    server = make_server(TEMPLATES_DIR=str(folder))
+    server.create('built', template='built')
+    with events(server, 'built') as early, subscribed(server, 'built') as socket:
+        told = [messages_until(stream, is_status('running')) for stream in (early, socket)]
+    for found in told:
+        assert 'hello from the build' in [message['data']['message'] for message in found if message['type'] == 'log' and message['data']['stream'] == 'build']
+        assert statuses(found) == ['creating', 'running']
+        assert len({(message['id'], json.dumps(message['data'])) for message in found}) == len(found)
+
+
+# The life of a container, in one subscription
+
+
+@both
+def test_one_subscription_goes_on_through_restarts_and_new_containers(server, docker_client, kind):
+    name = f'reborn-{kind}'
+    made = server.running(name)
+    with follow(server, kind, name, tail=100) as stream:
+        assert texts(next_of(stream, 2)) == ['tiny is up']
+        server.call('POST', f'/api/workspaces/{name}/restart')
+        first = messages_until(stream, is_status('running'))
+        server.call('POST', f'/api/workspaces/{name}/stop')
+        second = messages_until(stream, is_status('stopped'))
+        server.call('POST', f'/api/workspaces/{name}/start')
+        second += messages_until(stream, is_status('running'))
+        docker_client.api.restart(made['containerId'], timeout=1)
+        third = messages_until(stream, has_text('tiny is up'))
+        server.wait_status(name, 'running')
+        docker_client.api.remove_container(made['containerId'], force=True)
+        third += messages_until(stream, is_status('stopped'))
+        server.call('POST', f'/api/workspaces/{name}/start')
+        fourth = messages_until(stream, lambda message: has_text('tiny is up')(message) or is_status('running')(message))
+        while texts(fourth) != ['tiny is up'] or 'running' not in statuses(fourth):
+            fourth.append(next_of(stream))
+    assert texts(first) == ['tiny is up'] and statuses(first) == ['creating', 'running']
+    assert texts(second) == ['tiny is up'] and statuses(second) == ['stopping', 'stopped', 'creating', 'running']
+    assert texts(third) == ['tiny is up']
+    assert statuses(fourth)[0] == 'creating' and statuses(fourth)[-1] == 'running'
+
+
+@both
+def test_deletion_is_the_last_that_is_told(server, kind):
+    server.running(f'gone-{kind}')
+    with follow(server, kind, f'gone-{kind}') as stream:
+        messages_until(stream, has_text('tiny is up'))
+        server.call('DELETE', f'/api/workspaces/gone-{kind}')
+        last = messages_until(stream, lambda message: message['data'].get('deleted'))
+        assert [message['data'] for message in last if message['type'] == 'status'][-1] == {'status': 'deleting', 'deleted': True}
+        if kind == 'sse':
+            assert list(stream) == []
+
+
+def test_a_server_that_stops_ends_its_streams_and_they_go_on_at_the_next(make_server, docker_client):
+    server = make_server()
+    name = listening(server, 'talker')
+    server.settings['PORT'] = str(server.port)
+    with events(server, name, '?tail=0') as sse, subscribed(server, name, tail=0) as ws, Sse(server, '/agent/sse/none') as session:
+        next_of(sse), next_of(ws)
+        say(docker_client, server, 'talker', 'echo one')
+        ids = [messages_until(stream, has_text('one'))[-1]['id'] for stream in (sse, ws)]
+        begun = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - begun < 4
+        assert list(sse) == [] and list(session) == [] and ws.closing() == (1001, 'the server is stopping')
+    say(docker_client, server, 'talker', 'echo two')
+    server.start()
+    for kind, seen in zip(('sse', 'ws'), ids, strict=True):
+        with follow(server, kind, name, after=seen) as stream:
+            assert texts(messages_until(stream, has_text('two'))) == ['two']
+
+
+# What is printed is what is told
+
+
+@both
+def test_bytes_of_all_kinds_come_through(server, docker_client, talker, kind):
+    with follow(server, kind, talker, tail=0) as stream:
+        next_of(stream)
+        say(docker_client, server, 'talker', r"printf 'bad \377\376 utf\n\n \342\202\254 \360\237\230\200\n\033[31mred\033[0m\rover\n\000nul\nid: 5\ndata: 6\n\nend\n'")
+        told = texts(messages_until(stream, has_text('end')))
+    assert told == ['bad \ufffd\ufffd utf', '', ' € 😀', '\x1b[31mred\x1b[0m\rover', '\0nul', 'id: 5', 'data: 6', '', 'end']
+
+
+@both
+def test_long_lines_stay_whole(server, docker_client, talker, kind):
+    sizes = [16383, 16384, 16385, 32768, 100_000, 1_000_000]
+    with follow(server, kind, talker, tail=0) as stream:
+        next_of(stream)
+        say(docker_client, server, 'talker', ''.join(f'head -c {size} /dev/zero | tr "\\0" x; echo; ' for size in sizes) + 'head -c 3000000 /dev/zero | tr "\\0" y; echo; echo end')
+        seen, told = '', []
+        for message in stream:
+            told.append(message['data']['message'])
+            seen = seen or message['id']
+            if told[-1] == 'end':
+                break
+        assert [len(text) for text in told] == [*sizes, 2**20, 3]
+    with follow(server, kind, talker, after=seen) as stream:
+        again = texts(messages_until(stream, has_text('end')))
+        assert [len(text) for text in again] == [*sizes[1:], 2**20, 3]
+
+
+@both
+def test_a_line_is_told_whole_though_its_reader_comes_while_it_is_written(server, docker_client, talker, kind):
+    say(docker_client, server, 'talker', "head -c 20000 /dev/zero | tr '\\0' a; { sleep 1.5; head -c 20000 /dev/zero | tr '\\0' b; echo; echo end; } &")
+    time.sleep(0.3)
+    with follow(server, kind, talker, tail=1) as stream:
+        told = texts(messages_until(stream, has_text('end')))
+    assert [line for line in told if line.startswith('aa')] == ['a' * 20000 + 'b' * 20000]
+
+
+def test_a_container_with_a_terminal_is_followed_too(server, docker_client):
+    made = server.running('tty')
+    inspected = docker_client.api.inspect_container(made['containerId'])
+    server.call('POST', '/api/workspaces/tty/stop')
+    server.wait_status('tty', 'stopped')
+    docker_client.api.remove_container(made['containerId'])
+    own = docker_client.api.create_container(inspected['Image'], name=f'{server.instance}-tty', labels=inspected['Config']['Labels'], tty=True,
+                                             environment=[*inspected['Config']['Env'], "PRINT=echo one; printf 'two\\rover\\n'; echo three >&2; sleep 1; echo four"],
+                                             host_config=docker_client.api.create_host_config(port_bindings={
+                                                 f'{inside}/tcp': ('127.0.0.1', port) for inside, port in ((8443, made['codeServerPort']), (2222, made['sshPort']))}),
+                                             ports=[8443, 2222])
+    docker_client.api.start(own['Id'])
+    for kind in ('sse', 'ws'):
+        with follow(server, kind, 'tty', tail=100) as stream:
+            told = messages_until(stream, has_text('four'))
+        assert texts(told) == ['tiny is up', 'one', 'two\rover', 'three', 'four']
+        with follow(server, kind, 'tty', after=told[-2]['id']) as stream:
+            assert texts(messages_until(stream, has_text('four'))) == ['four']
+
+
+# Slow readers, dead readers, many readers
+
+@both
+def test_a_stalled_reader_delays_nobody_and_costs_little_and_is_told_what_it_lost(server, docker_client, talker, kind):
+    others = [follow(server, kind, talker, tail=0) for _ in range(99)]
+    for stream in others:
+        next_of(stream)
+    stalled = follow(server, kind, talker, tail=0, receive_buffer=4096) if kind == 'sse' else subscribed(server, talker, buffer=4096, tail=0)
+    next_of(stalled)
+    before = memory_of(server)
+    began = time.monotonic()
+    count = 15_000  # of 1 kB: more than the kernel and the queue hold
+    text = 'x' * 1000
+    job = gevent.spawn(say, docker_client, server, 'talker', f'text={text}; yes "$text" | head -n {count}; echo end')
+    reader = gevent.pool.Pool()
+    waits = [reader.spawn(read_all_lines, stream) for stream in others]
+    gevent.joinall(waits, raise_error=True, timeout=25)
+    assert [wait.value for wait in waits] == [count + 1] * 99
+    took = time.monotonic() - began
+    job.join()
+    grown = memory_of(server) - before
+    for stream in others:
+        stream.close()
+    assert took < 9, took
+    lost = told = 0
+    for message in stalled:
+        if message['type'] == 'error':
+            assert message['data']['code'] == 'EVENTS_DROPPED'
+            lost += message['data']['count']
+        else:
+            told += 1
+        if message['data']['message'] == 'end':
+            break
+    assert lost > 0 and lost + told == count + 1
+    say(docker_client, server, 'talker', 'echo goes on')
+    messages_until(stalled, has_text('goes on'))
+    stalled.close()
+    assert grown < 10 * 2**20, grown
+
+
+def read_all_lines(stream):
+    return len(texts(messages_until(stream, has_text('end'))))
+
+
+def test_a_thousand_idle_clients_cost_little_and_are_forgotten_when_they_die(make_server):
+    server = make_server()
+    server.running('idle')
+    warm = [follow(server, kind, 'idle', tail=1) for kind in ('sse', 'ws') for _ in range(10)]
+    for stream in warm:
+        next_of(stream, 2)
+    before, sockets = memory_of(server), streams_of(server)
+    # In a process of its own, that can be killed with all its connections.
+    program = f"""
+from gevent import monkey; monkey.patch_all()
+import sys, time
+sys.path[:0] = {sys.path[:2] + [str(ROOT), str(ROOT / 'tests')]!r}
+import gevent.pool
+from streaming import Sse, Ws
+
+class server: port, network, headers = {server.port}, None, dict()
+
+def open_one(number):
+    if number % 2:
+        stream = Sse(server, '/api/workspaces/idle/events?tail=1', timeout=60)
+    else:
+        stream = Ws(server, timeout=60)
+        stream.send(type='subscribe', workspaceId='idle', tail=1)
+    for _, message in zip(range(2), stream):
+        pass
+    return stream
+kept = gevent.pool.Pool(50).map(open_one, range(1000))
+print('ready', flush=True)
+time.sleep(1000)
+"""
+    clients = subprocess.Popen([sys.executable, '-c', program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert clients.stdout.readline() == 'ready\n'
+        assert streams_of(server) - sockets >= 1000
+        each = (memory_of(server) - before) / 1000
+        assert each < 30 * 1024, each
+        assert server.call('GET', '/health', timeout=2).status_code == 200
+    finally:
+        clients.kill()
+        clients.wait()
+        clients.stdout.close()
+    server.until(lambda: streams_of(server) <= sockets + 2, 5)
+    for stream in warm:
+        stream.close()
+
+
+def test_one_stream_too_many_is_429(make_server):
+    server = make_server(MAX_STREAMS='3')
+    server.running('few')
+    with events(server, 'few') as first, subscribed(server, 'few') as second, Sse(server, '/agent/sse/any') as third:
+        next_of(first), next_of(second), next(third.lines())
+        server.until(lambda: server.call('GET', '/agent/sse/more', stream=True).status_code == 429)
+        for path in ('/api/workspaces/few/events', '/api/workspaces/few/logs', '/agent/sse/more'):
+            answer = server.call('GET', path)
+            assert (answer.status_code, answer.json()['code'], answer.headers['Retry-After']) == (429, 'TOO_MANY', '10'), path
+            assert 'MAX_STREAMS=3' in answer.json()['error']
+        with Ws(server) as refused:
+            assert refused.status == 429 or refused.closing()[0] == 1013
+        assert next_of(second)['type'] == 'log'
+    server.until(lambda: server.call('GET', '/api/workspaces/few/logs').status_code == 200)
+
+
+# Who may listen
+
+
+@pytest.fixture(scope='module')
+def guarded(tmp_path_factory, templates_dir, docker_client):
+    """A server with an API token, and a workspace on it."""
+    served = Served(tmp_path_factory.mktemp('guarded'), templates_dir, API_TOKEN=TOKEN)
+    served.headers = {'Authorization': f'Bearer {TOKEN}'}
+    served.start().running('secret')
+    yield served
+    served.stop()
+    remove_objects(docker_client, served.instance)
+
+
+def without_token(server):
+    class Stranger:
+        port, network, headers = server.port, None, {}
+    return Stranger
+
+
+def test_a_websocket_says_the_token_first(guarded):
+    with Ws(without_token(guarded)) as stream:
+        stream.send(type='auth', token=TOKEN)
+        stream.send(type='subscribe', workspaceId='secret')
+        assert statuses([next_of(stream)]) == ['running']
+
+
+@pytest.mark.parametrize('message', [{'type': 'subscribe', 'workspaceId': 'secret'}, {'type': 'subscribe', 'workspaceId': '*'}, {'type': 'ping'},
+                                     {'type': 'auth', 'token': 'wrong'}, {'type': 'auth', 'token': ''}], ids=lambda message: '-'.join(message.values()))
+def test_a_websocket_without_the_token_is_told_so_and_closed(guarded, message):
+    with Ws(without_token(guarded)) as stream:
+        stream.send(**message)
+        told = next_of(stream)
+        assert told['type'] == 'error' and told['data']['code'] == 'UNAUTHORIZED' and TOKEN not in json.dumps(told)
+        assert stream.closing() == (1008, 'unauthorized')
+
+
+def test_a_websocket_may_show_the_token_in_its_header(guarded):
+    with subscribed(guarded, 'secret') as stream:
+        assert statuses([next_of(stream)]) == ['running']
+
+
+def test_a_ticket_opens_one_stream(guarded):
+    stranger = without_token(guarded)
+    for path in ('/api/workspaces/secret/events', '/agent/sse/any', '/api/workspaces/secret/logs?tail=1'):
+        with Sse(stranger, path) as stream:
+            assert stream.status == 401
+        answer = guarded.call('POST', '/api/tickets')
+        assert answer.status_code == 201 and answer.json()['data']['expiresIn'] == 30
+        path += f"{'&' if '?' in path else '?'}ticket={answer.json()['data']['ticket']}"
+        with Sse(stranger, path) as stream:
+            assert stream.status == 200
+        with Sse(stranger, path) as stream:
+            assert stream.status == 401, 'a ticket is used once'
+    for ticket in ('', 'nonsense', TOKEN):
+        with Sse(stranger, f'/agent/sse/any?ticket={ticket}') as stream:
+            assert stream.status == 401
+    assert requests.post(f'http://127.0.0.1:{guarded.port}/api/tickets', timeout=5).status_code == 401
+    assert TOKEN not in guarded.log.read_text()
+
+
+def test_a_ticket_opens_a_stream_and_nothing_else(guarded):
+    ticket = guarded.call('POST', '/api/tickets').json()['data']['ticket']
+    answer = requests.delete(f'http://127.0.0.1:{guarded.port}/api/workspaces/secret?ticket={ticket}', timeout=5)
+    assert answer.status_code == 401 and guarded.get('/api/workspaces/secret')['status'] == 'running'
+
+
+@pytest.mark.parametrize(('headers', 'status'), [({'Origin': 'https://evil.example'}, 403), ({'Origin': 'null'}, 403), ({'Origin': 'http://localhost:5173'}, 200),
+                                                 ({'Origin': 'http://127.0.0.1.evil.example'}, 403), ({}, 200)], ids=repr)
+def test_pages_of_other_sites_hear_nothing(server, printer, headers, status):
+    with events(server, printer, **headers) as stream:
+        assert stream.status == status
+        assert stream.headers.get('access-control-allow-origin') == (headers.get('Origin') if status == 200 else None)
+
+
+# What takes its time
+
+
+def test_quiet_streams_have_a_heartbeat_or_a_ping(quiet):
+    for name, shortest, longest in (('events', 13, 17), ('session', 13, 17), ('ping', 19, 27)):
+        assert shortest < quiet[name].get(timeout=30) < longest, name
+
+
+def test_a_client_that_answers_no_ping_is_dropped(quiet):
+    assert 58 < quiet['mute'].get(timeout=75) < 72
