@@ -10,6 +10,7 @@ import pytest
 import requests
 import websocket
 from conftest import ROOT, Served, remove_objects
+from fake_anthropic import FakeAnthropic, bridge_address
 
 README = (ROOT / 'README.md').read_text()
 
@@ -30,12 +31,13 @@ def exchange():
 
 
 @pytest.fixture
-def on_port_3100(tmp_path, docker_client, fake_anthropic):
+def on_port_3100(tmp_path, docker_client):
     """A server as the README has it, with Claude's API played by a fake."""
-    served = Served(tmp_path, ROOT / 'templates', PORT='3100', DEFAULT_TEMPLATE='bun-typescript',
-                    ANTHROPIC_API_KEY='key-of-a-new-user', ANTHROPIC_BASE_URL=fake_anthropic.url).start()
-    yield served
-    served.stop()
+    with FakeAnthropic(bridge_address(docker_client)) as fake:
+        served = Served(tmp_path, ROOT / 'templates', PORT='3100', DEFAULT_TEMPLATE='bun-typescript',
+                        ANTHROPIC_API_KEY='key-of-a-new-user', ANTHROPIC_BASE_URL=fake.url).start()
+        yield served
+        served.stop()
     print(served.log.read_text()[-5000:])
     remove_objects(docker_client, served.instance)
 
