@@ -869,6 +869,7 @@ class Event:
 
 
 LAST_LINE = 10**12  # in the place of a run's last event, which is not made from a line
+BEGINNING = (0, LAST_LINE, 0)  # the place before the first event of a session
 
 
 def event_id_of(place):
@@ -883,6 +884,11 @@ def place_of(event_id):
     if not match:
         raise ValidationError(f'after: {event_id[:80]!r} is no id of an event of a session')
     return int(match[1]), LAST_LINE if match[2] == 'end' else int(match[2]), int(match[3])
+
+
+def comes_next(place, after):
+    """Tell whether nothing lies between two places in a session: the first is not beyond the second, or begins the run that follows."""
+    return place <= after or (place[1:] == (0, 0) and after >= (place[0] - 1, LAST_LINE, 0))
 
 
 class Cursor:
@@ -1088,7 +1094,7 @@ CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', '
 PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
 CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
 PULL_PATIENCE = 30  # seconds without a word from the registry: a machine without one may swallow packets
-GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
+GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
 
 
 @contextlib.contextmanager
@@ -1312,15 +1318,8 @@ class Engine:
             self.api.put_archive(container_id, '/', archive.getvalue())
 
     def get_file(self, container_id, path):
-        """Return the bytes of a small file in a container, started or not; None when there is none."""
-        with translated(f'Read {path} of a container'):
-            try:
-                chunks, _ = self.api.get_archive(container_id, path)
-                with tarfile.open(fileobj=io.BytesIO(b''.join(chunks))) as archive:
-                    member = archive.next()
-                    return archive.extractfile(member).read() if member and member.isfile() else None
-            except docker.errors.NotFound:
-                return None
+        """Return the bytes of a small file in a container, started or not; None when there is none, or nothing in it."""
+        return b''.join(self.read_file(container_id, path)) or None
 
     def start(self, container_id):
         """Start a container; one that runs is left alone. Raise PortTaken when a port of it is in use."""
@@ -1427,16 +1426,16 @@ class Engine:
 
     def read_file(self, container_id, path):
         """Yield the bytes of a file in a container, started or not, piece by piece; nothing when there is none."""
-        with translated(f'Read {path} of a container'):
-            try:
-                chunks, _ = self.api.get_archive(container_id, path)
-            except docker.errors.NotFound:
-                return
-            with tarfile.open(fileobj=Chunks(chunks), mode='r|') as archive:
-                member = archive.next()
-                content = archive.extractfile(member) if member is not None and member.isfile() else None
-                while content is not None and (data := content.read(65536)):
-                    yield data
+        with translated(f'Read {path} of a container'), contextlib.suppress(docker.errors.NotFound):
+            # docker-py's own get_archive() can not be closed before its end.
+            url = self.api._url('/containers/{0}/archive', container_id)
+            with contextlib.closing(self.api._get(url, params={'path': path}, headers={'Accept-Encoding': 'identity'}, stream=True)) as answer:
+                self.api._raise_for_status(answer)
+                with tarfile.open(fileobj=answer.raw, mode='r|') as archive:
+                    member = archive.next()
+                    content = archive.extractfile(member) if member is not None and member.isfile() else None
+                    while content is not None and (data := content.read(65536)):
+                        yield data
 
     def usage(self, container_id):
         """Yield {cpuPercent, memoryUsage, memoryLimit} once a second until the container ends; CPU in percent of one core."""
@@ -1463,24 +1462,6 @@ class Engine:
                 for item in stream:
                     if item.get('Action', '').split(':')[0] in ('start', 'die', 'oom', 'destroy', 'pause', 'unpause', 'rename'):
                         yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
-
-
-class Chunks:
-    """An iterator of bytes as a file that can be read once."""
-
-    def __init__(self, chunks):
-        self._chunks = iter(chunks)
-        self._rest = b''
-
-    def read(self, size):
-        """Return at most `size` bytes; none at the end."""
-        while len(self._rest) < size:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                break
-            self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
 
 
 def measure(sample):
@@ -2496,10 +2477,11 @@ CANCEL_PATIENCE = 5  # seconds an interrupted agent has for its last record
 LINGER_PATIENCE = 5  # seconds an agent may live on after that record
 WATCH_PAUSE = 0.25  # seconds
 ACTIVITY_PAUSE = 10  # seconds between notes that a running task keeps its workspace alive
+FOLLOW_MARK = b'\x06'  # is printed first: an engine that could not run the command says so in its place, on stdout too
 # Prints what the run has written from a byte on, as it comes; ends with the run, and then prints its status on stderr. The reader
 # is known to be gone when stdin ends, so that a server that was killed leaves no `tail` behind.
 FOLLOW = '''
-exec 4>&2 2>/dev/null
+exec 4>&2 2>/dev/null; printf '\\006'
 n=0; while [ ! -e "$1/pid" ] && [ ! -e "$1/exit" ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n+1)); done
 if [ -e "$1/exit" ]; then tail -c "+$2" "$1/out"; else
   exec 3<&0
@@ -2613,15 +2595,14 @@ class Agents:
         gevent.killall(greenlets, timeout=5)
         self._followers.clear()
 
-    def replay(self, session, after=(0, 0, 0)):
-        """Yield the events of a session after a place, (place, event), made anew from what its runs have written."""
+    def replay(self, session, after=BEGINNING):
+        """Yield lists of (place, event) of a session after a place, made anew from what its runs have written; empty ones too, on the way there."""
         for run in session.runs:
             if (run.number, LAST_LINE, 0) <= after:
                 continue
-            for place, kind, data, stamp in self._events_of(session, run):
-                if place > after:
-                    yield place, Event(kind, session.workspace_id, event_id_of(place), parse_time(stamp) if stamp else run.ended_at or run.started_at,
-                                       self.events.strike(data), session.id)
+            for batch in self._events_of(session, run):
+                yield [(place, Event(kind, session.workspace_id, event_id_of(place), parse_time(stamp) if stamp else run.ended_at or run.started_at,
+                                     self.events.strike(data), session.id)) for place, kind, data, stamp in batch if place > after]
 
     # Runs
 
@@ -2713,11 +2694,15 @@ class Agents:
             if status is not None and status.strip().isdigit():
                 reader.lines.end(int(status))  # it had ended before its container did
             return reader.lines.outcome or INTERRUPTED
-        status = b''
+        status, begun = b'', False
         for stream, data in self.engine.follow(container.id, ['sh', '-c', FOLLOW, 'sh', self._run_folder(run), str(reader.offset + 1)], user=USER):
             if stream == STDERR:
                 status += data
+            elif not begun and data[:1] != FOLLOW_MARK:
+                log.debug('Run %s is not followed yet: %s', run.id, data)
+                return None
             else:
+                data, begun = data if begun else data[1:], True
                 follower.heard_at = time.monotonic()
                 self._publish(follower, reader.take(data))
         if not status.strip().isdigit():
@@ -2756,15 +2741,15 @@ class Agents:
                                            'runId': run.id, 'agent': session.agent}, view_time(run.started_at)
 
     def _events_of(self, session, run):
-        """Yield (place, type, data, time or None) of a run, from its beginning on."""
-        yield self._first_event(session, run)
+        """Yield lists of (place, type, data, time or None) of a run, from its beginning on."""
+        yield [self._first_event(session, run)]
         reader = self._reader(session, run)
         container = self.engine.find(session.workspace_id)
         for data in self.engine.read_file(container.id, f'{self._run_folder(run)}/out') if container else ():
-            yield from reader.take(data if run.length is None else data[:max(0, run.length - reader.offset)])
+            yield reader.take(data if run.length is None else data[:max(0, run.length - reader.offset)])
         if run.state != RUNNING:
-            yield from reader.take(b'', ended=True)
-            yield (run.number, LAST_LINE, 0), run.end['type'], run.end['data'], view_time(run.ended_at)
+            yield reader.take(b'', ended=True)
+            yield [((run.number, LAST_LINE, 0), run.end['type'], run.end['data'], view_time(run.ended_at))]
 
     def _publish(self, follower, events):
         for place, kind, data, stamp in events:
@@ -3031,7 +3016,7 @@ class CatchUp:
         self._fresh = cursor is None
         self._cursor = cursor or Cursor(self._events.boot, self._events.count)
         self._count = self._cursor.count if self._cursor.boot == self._events.boot else 0
-        self._marks = dict(self._cursor.marks)
+        self._marks = self._cursor.marks  # they grow with what is told here
         self._position = self._cursor.position.copy() if self._cursor.position else None
 
     def batches(self):
@@ -3090,7 +3075,7 @@ class CatchUp:
             self._position = self._position or barrier
             lost, waiting = live.drain()
             while waiting and not lost:
-                yield waiting
+                yield [event for event in waiting if not self._cursor.has_seen(event)]
                 seen = Cursor.parse(waiting[-1].id)
                 self._count, self._position = seen.count, seen.position or self._position
                 self._marks.update(seen.marks)
@@ -3112,14 +3097,35 @@ class CatchUp:
             gevent.sleep(1)
 
     def _missed(self):
-        """Give what was published since the reader's cursor; of a task that an earlier process told of, only what came after."""
-        for number, event in self._events.missed(self._workspace_id, self._count):
+        """Give what was published since the reader's cursor; of a task that was told of before, only what came after."""
+        held, batch = self._events.missed(self._workspace_id, self._count), []
+        if not self._fresh and (self._count == 0 or len(held) >= RING_SIZE):
+            yield from self._missed_of_tasks()
+        for number, event in held:
             self._count = number
-            if self._cursor.boot != self._events.boot and self._cursor.has_seen(event):
+            if self._cursor.has_seen(event):
                 continue
             if event.place is not None:
                 self._marks[event.session_id] = event.place
-            yield [dataclasses.replace(event, id=self._place(), json=None, sse=None, frame=None)]
+            batch.append(self._told(event))
+        for start in range(0, len(batch), BATCH):
+            yield batch[start:start + BATCH]
+
+    def _missed_of_tasks(self):
+        """Give what the ring has no more of tasks, or an earlier process published: the files of their runs have all of it."""
+        after = {item.id: (item.runs[-1].number, -1, 0) for item in self._backend.state.sessions()
+                 if item.workspace_id == self._workspace_id and item.runs[-1].state == RUNNING}
+        for session_id, start in (after | {key: place_of(mark) for key, mark in self._marks.items()}).items():
+            for told in told_for_sure(self._backend, session_id, start):
+                batch = []
+                for place, event in told:
+                    self._marks[session_id] = event_id_of(place)
+                    batch.append(self._told(event, place=event_id_of(place)))
+                yield batch
+
+    def _told(self, event, **changes):
+        """Return an event with the id that it has for this reader."""
+        return dataclasses.replace(event, id=self._place(), json=None, sse=None, frame=None, **changes)
 
     def _place(self):
         return self._events.place(self._workspace_id, self._count, str(self._position or ''), self._marks)
@@ -3189,9 +3195,11 @@ def session_events(backend, session_id, *, after, departure, until=None):
                 if lost:
                     reader.drain()
                     backend.events.attach(session_id, reader)
-                    for place, event in told(backend, session_id, after):
-                        after = place
-                        yield [event]
+                    for batch in told_since(backend, session_id, after):
+                        if reader.closed:
+                            return
+                        after = batch[-1][0] if batch else after
+                        yield [event for _, event in batch]
                 lost, batch = reader.take(HEARTBEAT) if until is None or after < until else (0, [])
                 # A workspace's id in the place of a session's gives that one's events, which have other ids.
                 batch = [event for event in batch if event.session_id == session_id and place_of(event.id) > after] if not lost else []
@@ -3204,18 +3212,42 @@ def session_events(backend, session_id, *, after, departure, until=None):
         backend.events.detach(session_id, reader)
 
 
+def told_since(backend, session_id, after):
+    """Yield lists of (place, event) of what has been published of a session after a place: from the ring if that goes back far enough."""
+    held = [(place_of(event.id), event) for event in backend.events.recent(session_id) if event.session_id == session_id]
+    if held and comes_next(held[0][0], after):
+        yield [(place, event) for place, event in held if place > after]
+    else:
+        yield from told_for_sure(backend, session_id, after)
+
+
+def told_for_sure(backend, session_id, after):
+    """Yield the same from the files of the runs, also when the engine goes away meanwhile; then empty lists until it is back."""
+    while True:
+        try:
+            for batch in told(backend, session_id, after):
+                after = batch[-1][0] if batch else after
+                yield batch
+            return
+        except DockerError as error:
+            log.debug('A reader of session %s waits for the engine: %s', session_id, error)
+        yield []
+        gevent.sleep(1)
+
+
 def told(backend, session_id, after):
-    """Yield (place, event) of what has been published of a session after a place, read from its files."""
+    """Yield the same as long as the engine answers; nothing of a session that there is not."""
     try:
         session = backend.state.session(session_id)
     except SessionNotFound:
         return
-    barrier = backend.agents.published.get(session_id, (0, 0, 0))
+    barrier = backend.agents.published.get(session_id, BEGINNING)
     running = session.runs[-1].number if session.runs[-1].state == RUNNING else None
-    for place, event in backend.agents.replay(session, after):
-        if place[0] == running and place > barrier:
+    for batch in backend.agents.replay(session, after):
+        published = [(place, event) for place, event in batch if place[0] != running or place <= barrier]
+        yield published
+        if len(published) < len(batch):
             return
-        yield place, event
 
 
 def sse_stream(batches):
@@ -3563,7 +3595,7 @@ def execute_task(backend, call):
 def follow_session(backend, call):
     """Stream the events of an agent session as SSE. The session may be yet to come."""
     after = call.query.get('after', call.last_event_id)
-    after = place_of(after) if after else (0, 0, 0)
+    after = place_of(after) if after else BEGINNING
     backend.streams.admit()
     batches = session_events(backend, call.path['session_id'], after=after, departure=call.departure)
     return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
@@ -3588,10 +3620,10 @@ def get_session(backend, call):
 def get_transcript(backend, call):
     """Get the events of a session as JSON, `limit` at a time; `next` is what `after` must be for the ones that follow."""
     session = backend.state.session(call.path['id'])
-    after = place_of(call.query['after']) if call.query.get('after') else (0, 0, 0)
+    after = place_of(call.query['after']) if call.query.get('after') else BEGINNING
     limit, found = call.query.get('limit', 1000), []
-    for _, event in told(backend, session.id, after):
-        found.append(event)
+    for batch in told(backend, session.id, after):
+        found += [event for _, event in batch]
         if len(found) > limit:
             break
     shown = found[:limit]
@@ -4060,8 +4092,9 @@ class Backend:
         return self
 
     def close(self):
-        """End what goes on, and write what is known."""
+        """End what goes on here, and write what is known; workspaces and their tasks go on."""
         self.workspaces.close()
+        self.agents.close()
         self.state.close()
         self.engine.close()
 

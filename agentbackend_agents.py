@@ -256,11 +256,13 @@ class ClaudeLines:
 
 
 def number_of(record, name):
+    """Return a number of a record, 0 where there is none."""
     value = record.get(name)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
 
 
 def list_of(record, name):
+    """Return a list of a record, an empty one where there is none."""
     return record[name] if isinstance(record.get(name), list) else []
 
 

@@ -336,6 +336,7 @@ class Socket(WebSocket):
             self._connection.shutdown(socket.SHUT_WR)
             while self._connection.recv(65536):
                 pass
+        self.abort()  # else who reads here waits for a peer that does not answer
 
     def abort(self):
         """End the connection without a word."""

@@ -2,6 +2,7 @@
 # The single door:
 #   ./run.sh                     serve, on http://127.0.0.1:3100 unless the settings say otherwise
 #   ./run.sh test [pytest args]  run the tests, on a real Docker engine
+#   ./run.sh bench               measure, and print tables
 #   ./run.sh lint                look over the code
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -135,9 +136,20 @@ run_tests() {
     make_venv
     see_to_engine
     see_to_base_image
-    need chromium=chromium busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
+    need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
         nginx=nginx-light
     .venv/bin/python -m pytest "$@"
+}
+
+run_benches() {
+    make_venv
+    see_to_engine
+    need busybox=busybox-static
+    local bench
+    for bench in bench/*.py; do
+        say "$bench"
+        .venv/bin/python "$bench"
+    done
 }
 
 lint() {
@@ -153,6 +165,7 @@ lint() {
 case "${1:-serve}" in
     serve) serve ;;
     test) shift; run_tests "$@" ;;
+    bench) run_benches ;;
     lint) lint ;;
-    *) say "unknown: $1; it takes nothing (serve), test or lint"; exit 2 ;;
+    *) say "unknown: $1; it takes nothing (serve), test, bench or lint"; exit 2 ;;
 esac

@@ -720,11 +720,11 @@ function showWorkspace() {
     fact('Expires', item.expiresAt ? el('time', { dateTime: item.expiresAt, title: item.expiresAt, data: { ago: item.expiresAt } }) : 'never'),
     fact('Ports', el('span', {}, [item.codeServerPort && `editor ${item.codeServerPort}`, item.sshPort && `SSH ${item.sshPort}`].filter(Boolean).join(', ') || 'none')),
     more.containerId ? fact('Container', el('code', {}, more.containerId)) : null,
-    ports.length ? wide(fact('Published', ...ports.map(([inside, outside]) => webLink(`http://${hostOf(more.codeServerUrl)}:${outside}/`, `${inside} → ${outside}`)))) : null,
+    ports.length ? fact('Published', ...ports.map(([inside, outside]) => webLink(`http://${hostOf(more.codeServerUrl)}:${outside}/`, `${inside} → ${outside}`))) : null,
     more.codeServerPassword && item.codeServerPort ? fact("Editor's password", ...secret(more.codeServerPassword)) : null,
+    Object.keys(more.labels ?? {}).length ? fact('Labels', ...Object.entries(more.labels).map(([name, value]) => el('code', {}, value ? `${name}=${value}` : name))) : null,
     more.gitUrl ? wide(fact('Git', webLink(more.gitUrl, more.gitUrl), more.gitBranch ? el('code', {}, more.gitBranch) : null)) : null,
     more.sshCommand ? wide(fact('SSH', el('code', {}, more.sshCommand), copyButton(more.sshCommand, 'SSH line'))) : null,
-    Object.keys(more.labels ?? {}).length ? wide(fact('Labels', ...Object.entries(more.labels).map(([name, value]) => el('code', {}, value ? `${name}=${value}` : name)))) : null,
   ].filter(Boolean));
   tick();
 }

@@ -26,11 +26,11 @@ class Execution:
 
     def __iter__(self):
         rest = b''
-        for data in self._chunks():
+        for data in self.chunks():
             *lines, rest = (rest + data).split(b'\n')
             yield from (json.loads(line[6:]) for line in lines if line.startswith(b'data: '))
 
-    def _chunks(self):
+    def chunks(self):
         while (size := int(self._file.readline(), 16)):
             yield self._file.read(size + 2)[:-2]
 

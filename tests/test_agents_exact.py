@@ -14,9 +14,9 @@ from streaming import Sse
 from test_adoption import OwnEngine
 
 COUNT = 10_000
-# 50 events every tenth of a second or so, with a plain line and one of two lines' length now and then.
-AGENT = ("""sh -c 'n=0; while [ $n -lt %d ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); """
-         """echo "{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}"; done; sleep 0.08; done'""" % (COUNT, COUNT))
+# 50 events every tenth of a second or so.
+STEP = '{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}'
+AGENT = f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP.replace('%d', str(COUNT))}"; done; sleep 0.08; done'"""
 DOCKERFILE = """\
 # Debian with what agents need of templates/base, that answers as a workspace does.
 FROM {base}
@@ -61,7 +61,7 @@ class Follower:
 
     def cut_for_ever(self):
         while not self.done:
-            gevent.sleep(self.dice.uniform(0.02, 0.3))
+            gevent.sleep(self.dice.uniform(0.02, 0.2))
             if self.stream is not None:
                 self.stream.cut()
                 self.cuts += 1

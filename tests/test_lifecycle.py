@@ -331,17 +331,17 @@ def test_delete_ends_a_workspace_that_is_stopping(server, docker_client):
 # Creation that fails
 
 def test_a_failed_clone_is_told_in_gits_words_and_leaves_nothing(make_server, docker_client):
-    server = make_server(CODE_SERVER_PORTS='20000', SSH_PORTS='20001')
-    server.create('cloned', env=CLONE_FAILS)
+    server = make_server(CODE_SERVER_PORTS='11500-11599', SSH_PORTS='11600-11699')
+    port = server.create('cloned', env=CLONE_FAILS)['codeServerPort']
     failed = server.wait_status('cloned', 'error')
     assert failed['error'] == 'The clone failed: fatal: repository https://git.invalid/x.git not found'
     assert objects_of(docker_client, server.instance) == []
     assert failed['codeServerPort'] is None and failed['sshPort'] is None and failed['containerId'] is None
-    assert server.get('/health')['ports']['codeServer'] == {'used': 0, 'total': 1}
+    assert server.get('/health')['ports']['codeServer'] == {'used': 0, 'total': 100}
     assert server.call('POST', '/api/workspaces', {'name': 'cloned'}).status_code == 409
     delete(server, 'cloned')
     assert server.get('/api/workspaces') == []
-    assert server.running('cloned')['codeServerPort'] == 20000  # name and ports are free again
+    assert server.running('cloned')['codeServerPort'] == port  # name and ports are free again
 
 
 def test_a_container_that_ends_at_once_is_an_error_with_its_last_words(server, docker_client):

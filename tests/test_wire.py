@@ -12,6 +12,8 @@ import time
 
 import gevent
 import pytest
+import websockets.exceptions
+import websockets.sync.client
 from conftest import Served
 from streaming import (
     BINARY,
@@ -448,3 +450,25 @@ def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
         gevent.sleep(0.025)
     job.get()
     assert time.monotonic() - begun > 0.6 and not sender.closed
+
+
+# As others see it
+
+
+def test_the_websockets_package_sees_the_real_close_codes(server):
+    uri = f'ws://localhost:{server.port}/agent/ws'
+    with websockets.sync.client.connect(uri) as client:
+        client.send('{"type": "ping"}')
+        assert json.loads(client.recv(5))['type'] == 'pong'
+        client.ping(b'mark').wait(5)
+        client.close(4001, 'bye')
+        assert (client.protocol.close_rcvd.code, client.protocol.close_rcvd.reason) == (4001, 'bye')
+    for sent, code in (('x' * (2**20 + 1), 1009), (b'"\xff"', 1007)):
+        with websockets.sync.client.connect(uri) as client:
+            client.send(sent, text=True)
+            with pytest.raises(websockets.exceptions.ConnectionClosedError) as caught:
+                client.recv(5)
+            assert caught.value.rcvd.code == code
+    with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
+        websockets.sync.client.connect(uri, origin='https://evil.example').__enter__()
+    assert caught.value.response.status_code == 403
