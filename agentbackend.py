@@ -76,9 +76,12 @@ from agentbackend_wire import (
     STREAM_NAMES,
     Departure,
     Handler,
+    LogDamaged,
     LogLines,
     LogPosition,
+    Turn,
     WSGIServer,
+    politely,
     read_frames,
     read_up_to,
     text_frame,
@@ -130,6 +133,8 @@ class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
 class EngineUnavailable(DockerError): status = 503
 class MissingOnEngine(DockerError): pass
 class ConflictOnEngine(DockerError): pass
+class UnreadableTemplate(DockerError): pass
+class UnreadableLog(DockerError): pass
 
 
 class PortTaken(DockerError):
@@ -285,6 +290,7 @@ class Config:
     agent_command: tuple = setting('', parse_command, 'Command line of the agent `command`: it reads the task from stdin, and prints events as JSON or plain text.')
     agent_timeout: float = setting('1800', parse_seconds, 'Seconds a task may take at most.')
     agent_idle_timeout: float = setting('300', parse_seconds, 'Seconds an agent may say nothing.')
+    agent_max_output: int = setting('64m', parse_size, 'How much an agent may print in a task.')
     agent_max_tasks: int = setting('8', parse_count, 'How many tasks may run at once.')
     anthropic_api_key: str = setting('', str, 'Key for Claude. It is given to an agent when it starts, and to nothing else in the workspace.')
     anthropic_auth_token: str = setting('', str, 'Bearer token for Claude, in the place of a key.')
@@ -686,7 +692,10 @@ class State:
         return sorted(found, key=lambda item: (item.created_at, item.id))
 
     def begin_run(self, session, run, *, limit):
-        """Add a run to a session, which is added if it is new; return its copy. Raise SessionBusy while another runs, and TooMany."""
+        """Add a run to a session, which is added if it is new; return its copy. Raise SessionBusy while another runs, and TooMany.
+
+        It does not wait for the file: `flush` does.
+        """
         with self._lock:
             running = sum(item.runs[-1].state == RUNNING for item in self._sessions.values())
             found = self._sessions.get(session.id)
@@ -701,7 +710,6 @@ class State:
             found.runs.append(run)
             result = self._copy(found)
             self._touch_file()
-        self.flush()
         return result
 
     def update_run(self, session_id, number, **changes):
@@ -840,7 +848,8 @@ def write_atomically(path, text):
 # Events
 # ---------------------------------------------------------------------------------------------
 
-RING_SIZE = 1000  # events kept per topic
+RING_SIZE = 5000  # events kept per topic
+RING_BYTES = 4 * 2**20  # and how large they may be together
 QUEUE_SIZE = 1000  # events that wait for one reader
 QUEUE_BYTES = 4 * 2**20  # and how large they may be together
 EVERYTHING = '*'  # the topic of every workspace's status
@@ -851,8 +860,8 @@ DELETED = {'status': DELETING, 'deleted': True}  # data of a workspace's last ev
 class Event:
     """One thing that happened. `timestamp` is seconds since the epoch; `session_id` is None outside of agent tasks.
 
-    `id` is a position in its topic: who has seen it has seen everything before it. The last fields keep what it was encoded
-    to, so that it is encoded once for all its readers.
+    `id` is a position in its topic: who has seen it has seen everything before it. `json` keeps what it was encoded to, so that
+    it is encoded once for all its readers.
     """
 
     type: str
@@ -864,8 +873,6 @@ class Event:
     place: str = None  # its id in its session
     size: int = 200  # bytes, roughly
     json: bytes = None
-    sse: bytes = None
-    frame: bytes = None
 
 
 LAST_LINE = 10**12  # in the place of a run's last event, which is not made from a line
@@ -894,27 +901,63 @@ def comes_next(place, after):
 class Cursor:
     """A position in a workspace's topic, as an event's id holds it.
 
-    It says what was published, how far the log was read, and how far each running task was told: {session id: event id}. The last two
-    hold beyond the end of this process.
+    It says what was published, and when; how far the log was read; and how far each running task was told: {session id: event id}.
+    All but the first hold beyond the end of this process.
     """
 
-    def __init__(self, boot, count, position=None, marks=None):
-        self.boot, self.count, self.position, self.marks = boot, count, position, marks or {}
+    def __init__(self, boot, count, seen_at, position=None, marks=None):
+        self.boot, self.count, self.seen_at, self.position, self.marks = boot, count, seen_at, position, marks or {}
 
     @classmethod
     def parse(cls, text):
         """Return the cursor of an event's id; raise ValidationError for anything else."""
-        match = re.fullmatch(r'([0-9a-f]{1,16})\.(\d{1,18})\.([0-9a-f+-]*)((~[\w.-]{1,100}/\d+-\w+-\d+)*)', text)
-        with contextlib.suppress(ValueError):
+        match = re.fullmatch(r'([0-9a-f]{1,16})\.(\d{1,18})\.([0-9a-f]{1,16})\.([0-9a-f+-]*)((~[\w.-]{1,100}/[\w-]{1,40})*)', text)
+        with contextlib.suppress(ValueError, ValidationError):
             if match:
-                marks = dict(mark.split('/') for mark in match[4].split('~')[1:])
-                return cls(match[1], int(match[2]), LogPosition.parse(match[3]) if match[3] else None, marks)
+                marks = dict(mark.split('/') for mark in match[5].split('~')[1:])
+                for mark in marks.values():
+                    place_of(mark)
+                return cls(match[1], int(match[2]), int(match[3], 16) / 1000, LogPosition.parse(match[4]) if match[4] else None, marks)
         raise ValidationError(f'after: {text[:80]!r} is no id of an event')
 
     def has_seen(self, event):
         """Tell whether an event of a task, told again by another process, was seen already."""
         mark = self.marks.get(event.session_id)
         return mark is not None and event.place is not None and place_of(event.place) <= place_of(mark)
+
+
+def place_id(boot, count, seen_at, position, marks):
+    """Return the id of an event from what a cursor holds."""
+    marks = ''.join(f'~{session}/{event_id}' for session, event_id in marks.items())
+    return f'{boot}.{count}.{int(seen_at * 1000):x}.{position}{marks}'
+
+
+class Ring:
+    """The last events of a topic, as many as may be kept."""
+
+    def __init__(self):
+        self._events = collections.deque()  # (count, event)
+        self._bytes = 0
+        self._dropped = collections.deque(maxlen=10_000)  # counts of those that are kept nowhere else
+        self.end_of_dropped = 0  # count of the last that was dropped
+
+    def append(self, count, event):
+        """Keep an event, and drop the oldest for it if need be."""
+        self._events.append((count, event))
+        self._bytes += event.size
+        while len(self._events) > RING_SIZE or (self._bytes > RING_BYTES and len(self._events) > 1):
+            self.end_of_dropped, dropped = self._events.popleft()
+            self._bytes -= dropped.size
+            if dropped.place is None:
+                self._dropped.append(self.end_of_dropped)
+
+    def after(self, count):
+        """Return (count, event) of what came after a count, oldest first."""
+        return [(number, event) for number, event in self._events if number > count]
+
+    def lost_after(self, count):
+        """Return how many events that came after a count are kept nowhere any more; those of a task are in its file."""
+        return sum(number > count for number in self._dropped)
 
 
 class Subscription:
@@ -980,7 +1023,7 @@ class Events:
     def __init__(self, secrets=()):
         self._secrets = [secret for secret in secrets if len(secret) >= 6]
         self._marks = {}  # workspace id -> {session id: id of the last event}
-        self._rings = {}  # topic -> deque of (count, event)
+        self._rings = {}  # topic -> Ring
         self._readers = collections.defaultdict(set)
         self.boot = f'{int(time.time() * 1000):x}'  # ids of another process mean nothing here
         self.count = 0
@@ -993,22 +1036,31 @@ class Events:
         if session_event_id is not None:
             self._marks.setdefault(workspace_id, {})[session_id] = session_event_id
         event = Event(event_type, workspace_id, self.place(workspace_id), timestamp or time.time(), data, session_id, session_event_id)
-        event.size += len(data['message']) if isinstance(data.get('message'), str) else 0
+        event.size += sum(len(value) if isinstance(value, str) else 100 for value in data.values())
         self._deliver(workspace_id, event)
         if session_id is not None:
             self._deliver(session_id, dataclasses.replace(event, id=session_event_id or event.id))
         if event_type == 'status':
             self._deliver(EVERYTHING, event, told=self._readers.get(workspace_id, ()))
         if last:
-            self._marks[workspace_id].pop(session_id, None)
+            self.unmark(workspace_id, session_id)
         return event
 
-    def place(self, workspace_id, count=None, position=None, marks=None):
-        """Return where the topic of a workspace is now, as the id of an event; a reader may be elsewhere in it."""
-        marks = self._marks.get(workspace_id, {}) if marks is None else marks
-        marks = ''.join(f'~{session}/{event_id}' for session, event_id in marks.items())
-        position = self.positions.get(workspace_id, '') if position is None else position
-        return f'{self.boot}.{self.count if count is None else count}.{position}{marks}'
+    def mark(self, workspace_id, session_id, event_id):
+        """Note that a task begins after an event: from now on the ids of its workspace say how far it was told."""
+        self._marks.setdefault(workspace_id, {})[session_id] = event_id
+
+    def unmark(self, workspace_id, session_id):
+        """Take that back."""
+        self._marks.get(workspace_id, {}).pop(session_id, None)
+
+    def cursor(self, workspace_id):
+        """Return where the topic of a workspace is now."""
+        return Cursor(self.boot, self.count, time.time(), marks=dict(self._marks.get(workspace_id, {})))
+
+    def place(self, workspace_id):
+        """Return where the topic of a workspace is now, as the id of an event."""
+        return place_id(self.boot, self.count, time.time(), self.positions.get(workspace_id, ''), self._marks.get(workspace_id, {}))
 
     def strike(self, value):
         """Return a value with every known secret struck out of its texts."""
@@ -1027,25 +1079,25 @@ class Events:
 
         They are kept by the engine, so not in the ring too.
         """
-        for event in self.log_events(workspace_id, lines, self.count, position):
+        for event in self.log_events(workspace_id, lines, position, lambda: place_id(self.boot, self.count, time.time(), position, self._marks.get(workspace_id, {}))):
             for reader in self._readers.get(workspace_id, ()):
                 reader.put(event)
         self.positions[workspace_id] = str(position)
 
-    def log_events(self, workspace_id, lines, count, position, marks=None):
-        """Yield an event for each line that `position` has not seen, and move it on."""
+    def log_events(self, workspace_id, lines, position, place):
+        """Yield an event for each line that `position` has not seen, and move it on; `place()` gives its id."""
         for stream, stamp, text in lines:
             if position.advance(stream, stamp):
-                yield Event('log', workspace_id, self.place(workspace_id, count, str(position), marks), stamp / 1e9,
+                yield Event('log', workspace_id, place(), stamp / 1e9,
                             {'stream': STREAM_NAMES[stream], 'message': self.strike(text)}, size=200 + len(text))
 
     def recent(self, topic):
         """Return the events that the ring of a topic holds, oldest first."""
-        return [event for _, event in self._rings.get(topic, ())]
+        return [event for _, event in self.ring(topic).after(-1)]
 
-    def missed(self, topic, count):
-        """Return (count, event) of what is held and came after a count."""
-        return [(number, event) for number, event in self._rings.get(topic, ()) if number > count]
+    def ring(self, topic):
+        """Return the ring of a topic, an empty one if nothing was published."""
+        return self._rings.get(topic) or Ring()
 
     def attach(self, topic, reader):
         """Let a subscription have what is published to a topic from now on."""
@@ -1076,7 +1128,9 @@ class Events:
         self._marks.pop(topic, None)
 
     def _deliver(self, topic, event, told=()):
-        self._rings.setdefault(topic, collections.deque(maxlen=RING_SIZE)).append((self.count, event))
+        if topic not in self._rings:
+            self._rings[topic] = Ring()
+        self._rings[topic].append(self.count, event)
         for reader in [reader for reader in self._readers.get(topic, ()) if reader not in told]:
             reader.put(event)
 
@@ -1093,6 +1147,9 @@ CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', '
 # The engine's words for a port that is taken, of old and new versions, by a container or by another program.
 PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
 CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
+RUN_PATIENCE = 60  # seconds that a short command may take
+MAX_PRINTED = 2**16  # bytes that are taken of what it prints, or of a small file
+MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
 PULL_PATIENCE = 30  # seconds without a word from the registry: a machine without one may swallow packets
 GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
 
@@ -1109,6 +1166,8 @@ def translated(doing):
             raise PortTaken(f'{doing}: {text}', port=int(port[1]) if port else None) from error
         kind = {404: MissingOnEngine, 409: ConflictOnEngine}.get(error.status_code, DockerError)
         raise kind(f'{doing}: {text}') from error
+    except LogDamaged as error:
+        raise UnreadableLog(f'{doing}: the engine can not read on: {error}') from error
     except (docker.errors.DockerException, *GONE_ERRORS) as error:
         raise EngineUnavailable(f'{doing}: the Docker engine does not answer ({short_reason(error)}). '
                                 'Start it, or point DOCKER_HOST at one that runs.') from error
@@ -1318,8 +1377,8 @@ class Engine:
             self.api.put_archive(container_id, '/', archive.getvalue())
 
     def get_file(self, container_id, path):
-        """Return the bytes of a small file in a container, started or not; None when there is none, or nothing in it."""
-        return b''.join(self.read_file(container_id, path)) or None
+        """Return the first 64 KB of a file in a container, started or not; None when there is none, or nothing in it."""
+        return next(self.read_file(container_id, path, limit=MAX_PRINTED), None)
 
     def start(self, container_id):
         """Start a container; one that runs is left alone. Raise PortTaken when a port of it is in use."""
@@ -1342,9 +1401,11 @@ class Engine:
             self._until_gone(self.api.remove_container, self.api.inspect_container, container_id, force=True, v=True)
 
     def rename(self, container_id, name):
-        """Rename a container; raise ConflictOnEngine when another has the name."""
-        with translated(f'Rename a container to {name}'):
-            self.api.rename(container_id, name)
+        """Rename a container, which may have the name already; raise ConflictOnEngine when another has it."""
+        container = self.inspect(container_id)
+        if container is not None and container.name != name:
+            with translated(f'Rename a container to {name}'):
+                self.api.rename(container_id, name)
 
     def remove(self, workspace_id):
         """Remove every container and volume of a workspace, running or not; what is gone already is fine."""
@@ -1391,7 +1452,7 @@ class Engine:
             url = self.api._url('/containers/{0}/logs', container.id)
             with contextlib.closing(self.api._get(url, params=params, stream=True, timeout=None)) as answer:
                 self.api._raise_for_status(answer)
-                for data in answer.raw.stream(65536):
+                for data in politely(answer.raw.stream(65536)):
                     batch = lines.feed(data)
                     if batch:
                         yield batch
@@ -1401,11 +1462,13 @@ class Engine:
             yield batch
 
     def run(self, container_id, command, *, user='', env=None):
-        """Run a short command in a container; return (exit code, what it printed). Its environment shows nowhere, its arguments do."""
-        with translated('Run a command in a container'):
+        """Run a short command in a container; return (exit code, the first 64 KB that it printed). Its environment shows nowhere, its arguments do."""
+        late, printed = DockerError(f'The command {command[0]} in the container did not end within {RUN_PATIENCE} s.'), bytearray()
+        with translated('Run a command in a container'), gevent.Timeout(RUN_PATIENCE, late):
             running = self.api.exec_create(container_id, command, stderr=False, user=user, environment=env)
-            printed = self.api.exec_start(running['Id'])
-            return self.api.exec_inspect(running['Id'])['ExitCode'], printed
+            for _, data in self._output(running):
+                printed += data[:MAX_PRINTED - len(printed)]
+            return self.api.exec_inspect(running['Id'])['ExitCode'], bytes(printed)
 
     def run_detached(self, container_id, command, *, user, env, workdir):
         """Start a command in a container that needs nobody from then on."""
@@ -1416,16 +1479,29 @@ class Engine:
     def follow(self, container_id, command, *, user):
         """Run a command in a container and yield (stream, bytes) of what it prints. Its stdin ends when the reader goes, or is killed."""
         with translated('Follow a command in a container'):
-            running = self.api.exec_create(container_id, command, stdin=True, user=user)
-            # docker-py's own socket=True may lose what came in one packet with the answer's headers.
-            answer = self.api._post_json(self.api._url('/exec/{0}/start', running['Id']), data={'Tty': False, 'Detach': False},
-                                         headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True)
-            with contextlib.closing(answer):
-                self.api._raise_for_status(answer)
-                yield from read_frames(answer.raw._fp.fp)
+            yield from self._output(self.api.exec_create(container_id, command, stdin=True, user=user))
 
-    def read_file(self, container_id, path):
-        """Yield the bytes of a file in a container, started or not, piece by piece; nothing when there is none."""
+    def _output(self, running):
+        """Start a command that was created, and yield (stream, bytes) of what it prints."""
+        # docker-py's own exec_start() may lose what came in one packet with the answer's headers.
+        answer = self.api._post_json(self.api._url('/exec/{0}/start', running['Id']), data={'Tty': False, 'Detach': False},
+                                     headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True, timeout=None)  # it may be silent for long
+        with contextlib.closing(answer):
+            self.api._raise_for_status(answer)
+            yield from read_frames(answer.raw._fp.fp)
+
+    def read_file(self, container_id, path, *, limit=None):
+        """Yield the bytes of a file in a container, started or not, piece by piece, at most `limit`; nothing when there is none."""
+        with tempfile.SpooledTemporaryFile(MAX_IN_MEMORY) as copied:
+            # The engine locks the container as long as it is read from, even against an inspect, so nobody may read slowly.
+            for data in politely(self._pieces(container_id, path)):
+                copied.write(data)
+                if limit is not None and copied.tell() >= limit:
+                    break
+            copied.seek(0)
+            yield from iter(lambda: copied.read(65536), b'')
+
+    def _pieces(self, container_id, path):
         with translated(f'Read {path} of a container'), contextlib.suppress(docker.errors.NotFound):
             # docker-py's own get_archive() can not be closed before its end.
             url = self.api._url('/containers/{0}/archive', container_id)
@@ -1433,9 +1509,9 @@ class Engine:
                 self.api._raise_for_status(answer)
                 with tarfile.open(fileobj=answer.raw, mode='r|') as archive:
                     member = archive.next()
-                    content = archive.extractfile(member) if member is not None and member.isfile() else None
-                    while content is not None and (data := content.read(65536)):
-                        yield data
+                    if member is not None and member.isfile():
+                        content = archive.extractfile(member)
+                        yield from iter(lambda: content.read(65536), b'')
 
     def usage(self, container_id):
         """Yield {cpuPercent, memoryUsage, memoryLimit} once a second until the container ends; CPU in percent of one core."""
@@ -1514,6 +1590,7 @@ def make_tar(files):
 # ---------------------------------------------------------------------------------------------
 
 BASE = 'base'
+TEMPLATE_NAME = re.compile(r'[A-Za-z0-9]+((\.|__?|-+)[A-Za-z0-9]+)*')  # what the engine takes in the name of an image
 OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'
 DEBIAN_RELEASE = 'bookworm'
 DEBOOTSTRAP_PATIENCE = 120  # seconds without a word: a mirror that is not reached may swallow packets
@@ -1549,16 +1626,21 @@ class Templates:
 
     def names(self):
         """Return the names that a workspace can ask for."""
-        return sorted({path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')} - {BASE})
+        found = {path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')}
+        return sorted(name for name in found - {BASE} if TEMPLATE_NAME.fullmatch(name))
 
     def describe(self, name):
         """Return the first sentence of the comment at the head of a template's Dockerfile."""
-        first = (self._folder(name) / 'Dockerfile').read_text().partition('\n')[0]
+        first = (self._folder(name) / 'Dockerfile').read_text(errors='replace').partition('\n')[0]
         return first.lstrip('# ').partition('. ')[0].rstrip('.') + '.' if first.startswith('#') else ''
 
     def state(self, name):
         """Return {image, state, error, buildingSince}: state is ready, building, failed or missing, as last seen."""
-        tag, build = self.tag(name), self._builds.get(name)
+        try:
+            tag = self.tag(name)
+        except UnreadableTemplate as error:
+            return {'image': f'{PREFIX}/{name.lower()}', 'state': 'failed', 'error': str(error), 'building_since': None}
+        build = self._builds.get(name)
         state = 'building' if build else 'failed' if name in self._errors else 'ready' if self._ready.get(name) == tag else 'missing'
         return {'image': tag, 'state': state, 'error': self._errors.get(name), 'building_since': build.started_at if build else None}
 
@@ -1573,11 +1655,12 @@ class Templates:
     def look(self):
         """See which images the engine has."""
         for name in [BASE, *self.names()]:
-            tag = self.tag(name)
-            if self._engine.has_image(tag):
-                self._ready[name] = tag
-            else:
-                self._ready.pop(name, None)
+            with contextlib.suppress(UnreadableTemplate):  # its state says so
+                tag = self.tag(name)
+                if self._engine.has_image(tag):
+                    self._ready[name] = tag
+                else:
+                    self._ready.pop(name, None)
 
     def image(self, name, on_line, given_up):
         """Return the tag of a template's image, built if need be. Everybody who asks meanwhile shares one build.
@@ -1640,7 +1723,7 @@ class Templates:
 
     def _folder(self, name):
         for folder in reversed(self._folders):
-            if (folder / name / 'Dockerfile').is_file():
+            if TEMPLATE_NAME.fullmatch(name) and (folder / name / 'Dockerfile').is_file():
                 return folder / name
         raise ValidationError(f"template: there is no template {name!r}; known are {', '.join(self.names())}",
                               details=[{'path': 'template', 'message': f'unknown template {name!r}'}])
@@ -1650,13 +1733,18 @@ class Templates:
         files = {}
         for path in sorted(folder.rglob('*')):
             if path.is_file() and not {'.git', '__pycache__'} & set(path.relative_to(folder).parts):
-                files[str(path.relative_to(folder))] = (path.read_bytes(), 0o755)
+                try:
+                    files[str(path.relative_to(folder))] = (path.read_bytes(), 0o755)
+                except FileNotFoundError:  # an editor's temporary file, say
+                    continue
+                except OSError as error:
+                    raise UnreadableTemplate(f'The file {path} of template {name} can not be read: {error.strerror}.') from error
         if name == BASE:
             files['extra-ca-certs.crt'] = (Path(self._ca_certs).read_bytes() if self._ca_certs else b'', 0o644)
         return files
 
     def _stands_on_base(self, name):
-        return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text()
+        return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text(errors='replace')
 
     def _debian(self, on_line):
         """Return the name of a Debian image: the one that was asked for, else one of our own making."""
@@ -1727,6 +1815,7 @@ class Pump:
         self.readers = 0
         self.target = None  # the line with which it has come to the end of what there was, as (stream, stamp)
         self.finished = None  # id of a container that was read to its end
+        self.damaged = None  # id of a container whose log the engine can't read: only what it prints from then on can be told
         self.greenlet = None
 
 
@@ -1741,17 +1830,26 @@ class Logs:
     @contextlib.contextmanager
     def watched(self, workspace_id):
         """Keep the pump of a workspace going for the length of a block, and give it."""
+        pump = self.watch(workspace_id)
+        try:
+            yield pump
+        finally:
+            self.unwatch(pump)
+
+    def watch(self, workspace_id):
+        """Keep the pump of a workspace going until `unwatch`, and return it."""
         pump = self._pumps.get(workspace_id)
         if pump is None:
             pump = self._pumps[workspace_id] = Pump(workspace_id)
             pump.greenlet = gevent.spawn(self._run, pump)
         pump.readers += 1
-        try:
-            yield pump
-        finally:
-            pump.readers -= 1
-            if not pump.readers:
-                gevent.spawn_later(LINGER, self._drop, pump)
+        return pump
+
+    def unwatch(self, pump):
+        """Let a pump go."""
+        pump.readers -= 1
+        if not pump.readers:
+            gevent.spawn_later(LINGER, self._drop, pump)
 
     def changed(self, workspace_id):
         """Note that a container of a workspace has started, ended or come anew."""
@@ -1795,22 +1893,39 @@ class Logs:
         """Publish what the container prints until it ends; read again from the last line when only the stream ended."""
         while True:
             container = self._engine.find(pump.workspace_id)
-            if pump.position is None:
-                self._begin(pump, container)
-            if container is None or not container.started or (pump.finished == container.id and not container.up):
-                return
-            pump.position = pump.position.copy()
-            with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # a conflict: it is being removed
-                for lines in self._engine.log_lines(container, since=pump.position.since(), follow=True):
-                    self._events.publish_lines(pump.workspace_id, lines, pump.position)
-                    if pump.target is not None and pump.position.covers(*pump.target):
-                        pump.ready.set()
-                    gevent.sleep(0)  # a flood must not keep the others from their turn
+            try:
+                if pump.position is None:
+                    self._begin(pump, container)
+                if container is None or not container.started or (pump.finished == container.id and not container.up):
+                    return
+                self._publish(pump, container)
+            except UnreadableLog as error:
+                self._go_on_behind(pump, container, error)
             after = self._engine.inspect(container.id)
             if after is None or not after.up:
                 pump.finished = container.id
                 return
             gevent.sleep(0.05)
+
+    def _publish(self, pump, container):
+        pump.position = pump.position.copy()
+        tail = 0 if pump.damaged == container.id else None
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # a conflict: it is being removed
+            for lines in self._engine.log_lines(container, since=pump.position.since(), tail=tail, follow=True):
+                self._events.publish_lines(pump.workspace_id, lines, pump.position)
+                if pump.target is not None and pump.position.covers(*pump.target):
+                    pump.ready.set()
+
+    def _go_on_behind(self, pump, container, error):
+        """Leave out what is damaged: after a power failure or on a full disk, an engine has written what it can't read."""
+        if pump.damaged != container.id:
+            log.warning('The log of workspace %s is damaged: %s', pump.workspace_id, error)
+            self._events.publish('error', pump.workspace_id, {'code': error.code, 'message': f'Lines are missing here. {error}'})
+        pump.damaged = container.id
+        now = time.time_ns()
+        pump.position = pump.position or LogPosition((now, 0), (now, 0))
+        pump.ready.set()
+        gevent.sleep(1)
 
     def _begin(self, pump, container):
         """Begin a little before the last line that there is; the pump is ready when it has come to that line.
@@ -1835,8 +1950,10 @@ class Logs:
 PORT_ATTEMPTS = 5
 EXIT_CLONE_FAILED = 65  # of the entrypoint
 LAST_WORDS = 6  # lines of a container's output that an error quotes
+PROBE_PATIENCE = 3  # seconds that a workspace has to say that it is well
 GRACE = 2  # seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that
 SWEEP_PAUSE = 1  # seconds
+CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
 SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint reads
 
 
@@ -1845,7 +1962,10 @@ def split_credentials(url):
 
     All of the user part of an http URL is taken for a secret, since tokens are given as user names; of an ssh URL only a password.
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # which would quote it
+        raise ValidationError('gitUrl: its host makes no sense', details=[{'path': 'gitUrl', 'message': 'its host makes no sense'}]) from None
     if '@' not in parts.netloc or not parts.scheme:
         return url, ''
     user, _, host = parts.netloc.rpartition('@')
@@ -2016,10 +2136,10 @@ class Workspaces:
                 # The status stays as it is; once the engine is back, `reconcile` goes on from there.
                 log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
             else:
-                self._fail(workspace_id, str(error), error.code)
+                self._fail(workspace_id, str(error), error.code, given_up)
         except Exception:
             log.exception('A job on workspace %s failed.', workspace_id)
-            self._fail(workspace_id, 'Internal error; the log of the server has the traceback.', BackendError.code)
+            self._fail(workspace_id, 'Internal error; the log of the server has the traceback.', BackendError.code, given_up)
         finally:
             if self._jobs.get(workspace_id) is gevent.getcurrent():
                 del self._jobs[workspace_id]
@@ -2058,7 +2178,10 @@ class Workspaces:
         avoid = set()
         for attempt in range(1, PORT_ATTEMPTS + 1):
             container_id = self._create_container(workspace, image)
-            self._still(workspace.id, CREATING, given_up)
+            now = self._still(workspace.id, CREATING, given_up)
+            if now.name != workspace.name:  # by a PATCH that found no container yet
+                self.engine.rename(container_id, self._engine_name(now.name))
+                workspace = now
             try:
                 self.engine.start(container_id)
                 return container_id
@@ -2133,21 +2256,21 @@ class Workspaces:
         self.events.publish('status', workspace_id, DELETED)
         self.events.forget(workspace_id)
 
-    def _fail(self, workspace_id, text, code):
-        """Leave `error` with the reason. What never ran is removed and its ports given back; what did keeps its data."""
-        try:
+    def _fail(self, workspace_id, text, code, given_up):
+        """Leave `error` with the reason, unless it has been given another fate. What never ran is removed and its ports given back; what did keeps its data."""
+        with contextlib.suppress(WorkspaceNotFound, Superseded):
             workspace = self.state.get(workspace_id)
-        except WorkspaceNotFound:
-            return
-        log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text)
-        if workspace.status == CREATING and not workspace.born:
-            with contextlib.suppress(DockerError):  # if it stays, `reconcile` removes it
-                self.engine.remove(workspace_id)
-            self._credentials.pop(workspace_id, None)
-            self._set_status(workspace_id, ERROR, when={CREATING}, error=text, ports={}, container_id='')
-        else:
-            self._set_status(workspace_id, ERROR, error=text)
-        self.events.publish('error', workspace_id, {'code': code, 'message': text})
+            log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text)
+            changes = {'error': text}
+            if workspace.status == CREATING and not workspace.born:
+                with contextlib.suppress(DockerError):  # if it stays, `reconcile` removes it
+                    self.engine.remove(workspace_id)
+                self._credentials.pop(workspace_id, None)
+                changes |= {'ports': {}, 'container_id': ''}
+            if given_up.is_set():
+                raise Superseded(workspace_id)
+            self._set_status(workspace_id, ERROR, when={workspace.status}, **changes)
+            self.events.publish('error', workspace_id, {'code': code, 'message': text})
 
     def _still(self, workspace_id, status, given_up):
         """Return the record if the job still has its purpose; else raise Superseded."""
@@ -2177,9 +2300,9 @@ class Workspaces:
                                       f"it can be when it is {' or '.join(sorted(statuses))}.")
 
     def _rename(self, workspace, name):
-        container = self.engine.find(workspace.id)
         self.state.rename(workspace.id, name, taken_names=self._names_of(self.engine.taken()[0]))
         try:
+            container = self.engine.find(workspace.id)
             if container is not None:
                 self.engine.rename(container.id, self._engine_name(name))
         except ConflictOnEngine as error:
@@ -2238,24 +2361,31 @@ class Workspaces:
     def _health(self, workspace, container_id):
         """Return the body of code-server's /healthz, or None when it does not answer."""
         if self.config.workspace_host:
-            code, body = self.engine.run(container_id, ['curl', '-fsS', '-m', '2', f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'])
-            return body if code == 0 else None
+            return self._ask_inside(container_id, ['curl', '--noproxy', '*', '-fsS', '-m', '2', f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'])
         connection = http.client.HTTPConnection(self._address(), workspace.ports['codeServer'], timeout=2)
         try:
-            connection.request('GET', '/healthz')
-            answer = connection.getresponse()
-            return answer.read(10_000) if answer.status == 200 else None
+            # Whatever runs in there may answer in its place, and a byte at a time at that.
+            with gevent.Timeout(PROBE_PATIENCE, TimeoutError()):
+                connection.request('GET', '/healthz')
+                answer = connection.getresponse()
+                return answer.read(10_000) if answer.status == 200 else None
         except (OSError, http.client.HTTPException):
             return None
         finally:
             connection.close()
+
+    def _ask_inside(self, container_id, command):
+        """Return what a command in a container prints, or None when it fails, or the container is paused or ends meanwhile."""
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
+            code, printed = self.engine.run(container_id, command)
+            return printed if code == 0 else None
 
     def _ssh_answers(self, workspace, container_id):
         if not workspace.ssh:
             return True
         if self.config.workspace_host:
             command = f'exec 3<>/dev/tcp/127.0.0.1/{SSH_PORT} && read -t 2 -r -n 4 banner <&3 && [ "$banner" = SSH- ]'
-            return self.engine.run(container_id, ['bash', '-c', command])[0] == 0
+            return self._ask_inside(container_id, ['bash', '-c', command]) is not None
         try:
             with socket.create_connection((self._address(), workspace.ports['ssh']), timeout=2) as connection:
                 return connection.recv(4) == b'SSH-'
@@ -2463,10 +2593,11 @@ class Workspaces:
 
     def _note_editor(self, workspace):
         """Count an open editor as activity: code-server notes its heartbeat, in milliseconds since the epoch."""
-        with contextlib.suppress(ValueError, TypeError, KeyError, Superseded, DockerError):
-            beat = json.loads(self._health(workspace, workspace.container_id))['lastHeartbeat'] / 1000
-            if beat > workspace.last_activity_at:
-                self.state.update(workspace.id, flush=False, last_activity_at=beat)
+        # Whatever runs in there may answer in its place.
+        with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError, Superseded, DockerError):
+            beat, now = json.loads(self._health(workspace, workspace.container_id))['lastHeartbeat'] / 1000, time.time()
+            if workspace.last_activity_at < beat < now + CLOCK_SKEW:
+                self.state.update(workspace.id, flush=False, last_activity_at=min(beat, now))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2474,6 +2605,7 @@ class Workspaces:
 # ---------------------------------------------------------------------------------------------
 
 CANCEL_PATIENCE = 5  # seconds an interrupted agent has for its last record
+BACKLOG_PATIENCE = 10  # seconds for which what it printed is told after it was interrupted
 LINGER_PATIENCE = 5  # seconds an agent may live on after that record
 WATCH_PAUSE = 0.25  # seconds
 ACTIVITY_PAUSE = 10  # seconds between notes that a running task keeps its workspace alive
@@ -2491,7 +2623,7 @@ if [ -e "$1/exit" ]; then tail -c "+$2" "$1/out"; else
 fi
 n=0; while [ ! -e "$1/exit" ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n+1)); done
 [ -e "$1/exit" ] || kill -0 "$(cat "$1/pid")" || echo 137 >"$1/exit" || echo 137 >&4
-[ ! -e "$1/exit" ] || cat "$1/exit" >&4
+[ ! -e "$1/exit" ] || head -c 100 "$1/exit" >&4
 '''
 # The task comes in the environment, in parts: an argument would show in the engine's events, and the kernel limits one string.
 PREPARE = '''
@@ -2500,7 +2632,8 @@ command -v "$2" >/dev/null || { echo "$2"; exit 127; }
 umask 077; mkdir -p "$1" && printf %s "$TASK_0$TASK_1$TASK_2$TASK_3$TASK_4$TASK_5$TASK_6$TASK_7" >"$1/task"
 '''
 TASK_PART = 100_000 // 8 + 1  # characters, of at most four bytes each
-INTERRUPTED = {'ok': False, 'code': 'AGENT_INTERRUPTED', 'message': 'The workspace was stopped or deleted while the task ran.'}
+INTERRUPTED_ERROR = {'code': 'AGENT_INTERRUPTED', 'message': 'The workspace was stopped or deleted while the task ran.'}
+INTERRUPTED = {'ok': False, **INTERRUPTED_ERROR}
 
 
 @dataclass(frozen=True)
@@ -2518,9 +2651,12 @@ class Follower:
 
     def __init__(self, session, run, reader, *, fresh):
         self.session, self.run, self.reader = session, run, reader
-        self.fresh = fresh  # begun by this process, so that nothing of it has been told yet
-        self.caught_up = gevent.event.Event()  # what an earlier process may have told is in the ring
+        self.caught_up = gevent.event.Event()  # what an earlier process may have told is in the ring; of a fresh one none has told anything
+        if fresh:
+            self.caught_up.set()
+        self.attached = False  # it is read where it is written, so that it is known whether it has ended
         self.heard_at = time.monotonic()
+        self.stopped_at = None  # when it was first told to end
         self.greenlet = self.watchdog = None
 
 
@@ -2530,6 +2666,7 @@ class Agents:
     def __init__(self, config, state, events, engine):
         self.config, self.state, self.events, self.engine = config, state, events, engine
         self._followers = {}  # session id -> Follower
+        self._launching = set()  # ids of runs that are being begun by this process
         self.published = {}  # session id -> place of the last event that this process has published
         self.resumed = gevent.event.Event()  # set when the runs of an earlier process have been taken up
         common = config.agent_keys() | {'HOME': f'/home/{USER}', 'CLAUDE_CONFIG_DIR': self._folder('claude')}
@@ -2553,15 +2690,43 @@ class Agents:
             raise WorkspaceNotRunning(f'The container of workspace {workspace.name} does not run.')
         run = Run(number=len(session.runs) + 1, id='run-' + secrets.token_hex(8), task=shorten(wish['task'], 1000), started_at=time.time(),
                   timeout=min(wish.get('timeout') or self.config.agent_timeout, self.config.agent_timeout), boot=container.started_at)
-        session = self.state.begin_run(session, run, limit=self.config.agent_max_tasks)
-        run = session.runs[-1]
+        self._launching.add(run.id)
         try:
+            session = self.state.begin_run(session, run, limit=self.config.agent_max_tasks)
+            run = session.runs[-1]
+            # No event may come in between: its id would tell that the run was over before it.
+            self.events.mark(workspace.id, session.id, event_id_of((run.number - 1, LAST_LINE, 0)))
+            self.state.flush()
             self._launch(workspace, container, session, run, agent, wish)
-        except BaseException as error:
-            self._end(session, run, {'ok': False, 'code': getattr(error, 'code', BackendError.code), 'message': str(error)}, None)
-            raise
-        self._follow(session, run, fresh=True)
-        return session, run
+            return session, run
+        finally:
+            self._launching.discard(run.id)
+
+    def open(self):
+        """Note which runs an earlier process has begun."""
+        for session in self.state.sessions():
+            if session.runs[-1].state == RUNNING:
+                self.events.mark(session.workspace_id, session.id, event_id_of((session.runs[-1].number - 1, LAST_LINE, 0)))
+
+    def wait_until_told(self, topic, *, timeout):
+        """Wait until what earlier processes may have told of a workspace or session is published here; tell whether it is."""
+        if not self.resumed.wait(timeout):
+            return False
+        behind = [item.caught_up for item in self._followers.values() if topic in (item.session.id, item.session.workspace_id)]
+        return len(gevent.wait(behind, timeout)) == len(behind)
+
+    def place_in(self, session_id, after):
+        """Return a place from which a session is to be told on; one beyond its runs is of another session that had the same id."""
+        with contextlib.suppress(SessionNotFound):
+            if after[0] <= len(self.state.session(session_id).runs):
+                return after
+        return BEGINNING
+
+    def knows(self, session, run):
+        """Tell whether a run was not deleted meanwhile."""
+        with contextlib.suppress(SessionNotFound, IndexError):
+            return self.state.session(session.id).runs[run.number - 1].id == run.id
+        return False
 
     def cancel(self, session_id):
         """Interrupt the run of a session. It ends with an error event, within seconds."""
@@ -2583,10 +2748,9 @@ class Agents:
     def resume(self):
         """Take up the runs that an earlier process has begun; called when the engine answers."""
         for session in self.state.sessions():
-            if session.runs[-1].state == RUNNING and session.id not in self._followers:
-                self._follow(session, session.runs[-1], fresh=False)
-        for follower in list(self._followers.values()):
-            follower.caught_up.wait(30)
+            run = session.runs[-1]
+            if run.state == RUNNING and session.id not in self._followers and run.id not in self._launching:
+                self._follow(session, run, fresh=False)
         self.resumed.set()
 
     def close(self):
@@ -2600,7 +2764,7 @@ class Agents:
         for run in session.runs:
             if (run.number, LAST_LINE, 0) <= after:
                 continue
-            for batch in self._events_of(session, run):
+            for batch in politely(self._events_of(session, run, skip=after[1] - 1 if after[0] == run.number else 0)):
                 yield [(place, Event(kind, session.workspace_id, event_id_of(place), parse_time(stamp) if stamp else run.ended_at or run.started_at,
                                      self.events.strike(data), session.id)) for place, kind, data, stamp in batch if place > after]
 
@@ -2632,21 +2796,37 @@ class Agents:
         return self._folder(f'runs/{run.id}')
 
     def _launch(self, workspace, container, session, run, agent, wish):
-        """Write the task and start the agent, detached from everybody."""
+        """Write the task, start the agent, detached from everybody, and follow it."""
+        command = ['agent-run', self._run_folder(run), *self._command(session, agent, wish)]
+        try:
+            self._prepare(container, run, agent, wish)
+            try:
+                self.engine.run_detached(container.id, command, user=USER, env=agent.env | {'AGENT_RUN_ID': run.id},
+                                         workdir=f'{self.config.workspace_base_path}/{workspace.folder}')
+            except EngineUnavailable as error:
+                log.warning('Whether run %s has begun is seen when the engine is back: %s', run.id, error)
+        except BaseException as error:
+            self._end(session, run, {'ok': False, 'code': getattr(error, 'code', BackendError.code), 'message': str(error)}, None)
+            raise
+        self._follow(session, run, fresh=True)
+
+    def _prepare(self, container, run, agent, wish):
         parts = {f'TASK_{number}': wish['task'][number * TASK_PART:(number + 1) * TASK_PART] for number in range(8)}
         code, missing = self.engine.run(container.id, ['sh', '-c', PREPARE, 'sh', self._run_folder(run), agent.command[0]], user=USER, env=parts)
         if code == 127:
             raise ValidationError(f'agent: the image of this workspace has no {missing.decode().strip()!r}, which agent {agent.name} needs')
         if code != 0:
             raise DockerError(f'The run could not be prepared in the workspace: {missing.decode().strip()[-500:]}')
-        command = list(agent.command)
-        if agent.name == 'claude':
-            command += ['-p', '--output-format', 'stream-json', '--verbose', '--dangerously-skip-permissions',
-                        '--resume' if session.conversed else '--session-id', session.agent_session_id]
-            for option, key in (('--max-turns', 'maxTurns'), ('--max-budget-usd', 'maxBudgetUsd'), ('--model', 'model')):
-                command += [option, str(wish[key])] if key in wish else []
-        self.engine.run_detached(container.id, ['agent-run', self._run_folder(run), *command], user=USER,
-                                 env=agent.env | {'AGENT_RUN_ID': run.id}, workdir=f'{self.config.workspace_base_path}/{workspace.folder}')
+
+    @staticmethod
+    def _command(session, agent, wish):
+        if agent.name != 'claude':
+            return agent.command
+        command = [*agent.command, '-p', '--output-format', 'stream-json', '--verbose', '--dangerously-skip-permissions',
+                   '--resume' if session.conversed else '--session-id', session.agent_session_id]
+        for option, key in (('--max-turns', 'maxTurns'), ('--max-budget-usd', 'maxBudgetUsd'), ('--model', 'model')):
+            command += [option, str(wish[key])] if key in wish else []
+        return command
 
     def _follow(self, session, run, *, fresh):
         follower = Follower(session, run, self._reader(session, run), fresh=fresh)
@@ -2654,10 +2834,10 @@ class Agents:
         follower.greenlet = gevent.spawn(self._follow_to_the_end, follower)
         follower.watchdog = gevent.spawn(self._watch, follower)
 
-    def _reader(self, session, run):
+    def _reader(self, session, run, *, skip=0):
         """Return what makes events of a run, also of an agent that is not configured any more."""
         lines = self.agents[session.agent].lines() if session.agent in self.agents else CommandLines()
-        return RunReader(run.number, lines, self.events.strike)
+        return RunReader(run.number, lines, self.events.strike, skip=skip)
 
     def _follow_to_the_end(self, follower):
         """Publish the events of a run until it has ended, whatever happens to the engine meanwhile."""
@@ -2670,6 +2850,7 @@ class Agents:
                     outcome = self._follow_once(follower)
                 except DockerError as error:  # it is away, or refuses because the container is about to end
                     log.debug('Run %s waits for the engine: %s', run.id, error)
+                    follower.heard_at = time.monotonic()  # this silence is not the agent's
                 if outcome is None:
                     gevent.sleep(0.2)
             self._end(session, run, outcome, follower)
@@ -2686,7 +2867,7 @@ class Agents:
         run, reader = follower.run, follower.reader
         container = self.engine.find(follower.session.workspace_id)
         alive = container is not None and container.up and container.started_at == run.boot
-        if not alive or not (follower.fresh or follower.caught_up.is_set()):
+        if not alive or not follower.caught_up.is_set():
             self._read_file(follower, container, ended=not alive)
             follower.caught_up.set()
         if not alive:
@@ -2695,16 +2876,22 @@ class Agents:
                 reader.lines.end(int(status))  # it had ended before its container did
             return reader.lines.outcome or INTERRUPTED
         status, begun = b'', False
-        for stream, data in self.engine.follow(container.id, ['sh', '-c', FOLLOW, 'sh', self._run_folder(run), str(reader.offset + 1)], user=USER):
+        for stream, data in politely(self.engine.follow(container.id, ['sh', '-c', FOLLOW, 'sh', self._run_folder(run), str(reader.offset + 1)], user=USER)):
             if stream == STDERR:
-                status += data
+                status = (status + data)[:100]
             elif not begun and data[:1] != FOLLOW_MARK:
                 log.debug('Run %s is not followed yet: %s', run.id, data)
                 return None
             else:
                 data, begun = data if begun else data[1:], True
-                follower.heard_at = time.monotonic()
+                follower.attached = True
+                follower.heard_at = time.monotonic() if data else follower.heard_at
                 self._publish(follower, reader.take(data))
+                if reader.offset > self.config.agent_max_output:
+                    return {'ok': False, 'code': 'AGENT_MAX_OUTPUT',
+                            'message': f'The agent printed more than AGENT_MAX_OUTPUT={self.config.agent_max_output} bytes, and was ended.'}
+                if follower.stopped_at is not None and time.monotonic() - follower.stopped_at > BACKLOG_PATIENCE:
+                    return INTERRUPTED  # it had printed faster than that can be told
         if not status.strip().isdigit():
             return None
         if reader.lines.outcome is None and int(status) > 128 and not run.stop and self._is_going(container):
@@ -2723,7 +2910,7 @@ class Agents:
         """Take what a run has written so far, of a container that may be stopped."""
         if container is not None:
             skip = follower.reader.offset
-            for data in self.engine.read_file(container.id, f'{self._run_folder(follower.run)}/out'):
+            for data in politely(self.engine.read_file(container.id, f'{self._run_folder(follower.run)}/out')):
                 new, skip = data[skip:], max(0, skip - len(data))
                 self._publish(follower, follower.reader.take(new))
         if ended:
@@ -2740,10 +2927,10 @@ class Agents:
         return (run.number, 0, 0), 'log', {'stream': 'agent', 'message': f'Task {run.number} of session {session.id} is with {session.agent}.',
                                            'runId': run.id, 'agent': session.agent}, view_time(run.started_at)
 
-    def _events_of(self, session, run):
-        """Yield lists of (place, type, data, time or None) of a run, from its beginning on."""
+    def _events_of(self, session, run, *, skip):
+        """Yield lists of (place, type, data, time or None) of a run, from its beginning on; those of `skip` lines may be left out."""
         yield [self._first_event(session, run)]
-        reader = self._reader(session, run)
+        reader = self._reader(session, run, skip=skip)
         container = self.engine.find(session.workspace_id)
         for data in self.engine.read_file(container.id, f'{self._run_folder(run)}/out') if container else ():
             yield reader.take(data if run.length is None else data[:max(0, run.length - reader.offset)])
@@ -2752,17 +2939,17 @@ class Agents:
             yield [((run.number, LAST_LINE, 0), run.end['type'], run.end['data'], view_time(run.ended_at))]
 
     def _publish(self, follower, events):
-        for place, kind, data, stamp in events:
+        for place, kind, data, stamp in politely(events):
             self.events.publish(kind, follower.session.workspace_id, data, session_id=follower.session.id, session_event_id=event_id_of(place),
                                 timestamp=parse_time(stamp) if stamp else None)
             self.published[follower.session.id] = place
 
     def _end(self, session, run, outcome, follower):
         """Write down how a run ended, sweep up if it was ended, and tell: one result or one error event is the last."""
-        run = self.state.session(session.id).runs[run.number - 1] if self._knows(session) else run
+        run = self.state.session(session.id).runs[run.number - 1] if self.knows(session, run) else run
         if run.stop and not outcome['ok']:
             outcome = outcome | {'code': run.stop[0], 'message': run.stop[1]}
-        if run.stop or (not outcome['ok'] and follower is not None):
+        if run.stop or not outcome['ok']:
             self._sweep(session, run)
         total = outcome.get('total_cost_usd')
         figures = {'runId': run.id, 'durationMs': outcome.get('durationMs') or int((time.time() - run.started_at) * 1000), 'turns': outcome.get('turns'),
@@ -2782,15 +2969,9 @@ class Agents:
         self.published[session.id] = place
         self.events.forget(session.id)  # it is told from its files
 
-    def _knows(self, session):
-        with contextlib.suppress(SessionNotFound):
-            return self.state.session(session.id) is not None
-        return False
-
     def _watch(self, follower):
         """Keep the workspace of a run alive, and end a run that is cancelled, silent, too long, or lives on after its last word."""
-        interrupted_at = last_word_at = None
-        noted_at = 0
+        interrupted_at, noted_at = None, 0
         while True:
             gevent.sleep(WATCH_PAUSE)
             now = time.monotonic()
@@ -2800,24 +2981,23 @@ class Agents:
                     self.state.update(follower.session.workspace_id, flush=False, last_activity_at=time.time())
                     noted_at = now
                 if run.stop and interrupted_at is None:
+                    interrupted_at = follower.stopped_at = now
                     self._signal(follower.session, run, 'INT')
-                    interrupted_at = now
                 elif run.stop and now - interrupted_at > CANCEL_PATIENCE:
                     self._sweep(follower.session, run)
                     interrupted_at = now
-                elif not run.stop and follower.reader.lines.outcome is not None:
-                    last_word_at = last_word_at or now
-                    if now - last_word_at > LINGER_PATIENCE:
+                elif not run.stop and follower.reader.lines.has_ended:
+                    if now - follower.heard_at > LINGER_PATIENCE:
                         self._signal(follower.session, run, 'KILL')
-                elif not run.stop:
-                    self._check_time(follower, run, now)
+                elif not run.stop and follower.attached:
+                    self._check_limits(follower, run, now)
             except (Superseded, SessionNotFound):
                 log.debug('The workspace of run %s is gone.', follower.run.id)
                 return
             except DockerError as error:
                 log.debug('Run %s: %s', follower.run.id, error)
 
-    def _check_time(self, follower, run, now):
+    def _check_limits(self, follower, run, now):
         if now - follower.heard_at > self.config.agent_idle_timeout:
             stop = ['AGENT_IDLE_TIMEOUT', f'The agent said nothing for AGENT_IDLE_TIMEOUT={self.config.agent_idle_timeout} s, and was ended.']
         elif time.time() - run.started_at > run.timeout:
@@ -2828,16 +3008,16 @@ class Agents:
 
     def _signal(self, session, run, name):
         """Send a signal to the agent itself: its children would take an interrupt for their own."""
-        self._in_container(session, ['sh', '-c', f'kill -s {name} "$(cat "$1/pid")"', 'sh', self._run_folder(run)])
+        self._in_container(session, run, ['sh', '-c', f'[ -e "$1/exit" ] || kill -s {name} "$(cat "$1/pid")"', 'sh', self._run_folder(run)])
 
     def _sweep(self, session, run):
         """Kill everything that carries the run's id in its environment."""
         with contextlib.suppress(DockerError):
-            self._in_container(session, ['agent-sweep', run.id])
+            self._in_container(session, run, ['agent-sweep', run.id])
 
-    def _in_container(self, session, command):
+    def _in_container(self, session, run, command):
         container = self.engine.find(session.workspace_id)
-        if container is not None and container.state == 'running':
+        if container is not None and container.state == 'running' and container.started_at == run.boot:  # else its number is another's
             self.engine.run(container.id, command, user=USER)
 
 
@@ -2913,16 +3093,12 @@ def view_event(event):
 
 def view_sse(event):
     """Return an event as SSE text. It has no name: a browser's `onmessage` sees only those without."""
-    if event.sse is None:
-        event.sse = b'id: %s\ndata: %s\n\n' % (event.id.encode(), view_event(event))
-    return event.sse
+    return b'id: %s\ndata: %s\n\n' % (event.id.encode(), view_event(event))
 
 
 def view_frame(event):
     """Return an event as a WebSocket frame."""
-    if event.frame is None:
-        event.frame = text_frame(view_event(event))
-    return event.frame
+    return text_frame(view_event(event))
 
 
 def encode(value):
@@ -3014,7 +3190,7 @@ class CatchUp:
         self._backend, self._events = backend, backend.events
         self._workspace_id, self._reader, self._pump, self._tail = workspace_id, reader, pump, tail
         self._fresh = cursor is None
-        self._cursor = cursor or Cursor(self._events.boot, self._events.count)
+        self._cursor = cursor or self._events.cursor(workspace_id)
         self._count = self._cursor.count if self._cursor.boot == self._events.boot else 0
         self._marks = self._cursor.marks  # they grow with what is told here
         self._position = self._cursor.position.copy() if self._cursor.position else None
@@ -3023,9 +3199,14 @@ class CatchUp:
         """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
         if self._fresh and self._pump.ready.wait(0.2) and (not self._tail or str(self._pump.position) == str(LogPosition())):
             self._position = self._pump.position.copy()  # no old line tells it, and who comes back with this id must miss nothing
-        workspace, told = self._backend.state.get(self._workspace_id), []
+        try:
+            workspace, told = self._backend.state.get(self._workspace_id), []
+        except WorkspaceNotFound:
+            yield [self._deletion()]
+            return
         if self._fresh:
-            self._count = self._events.count
+            self._cursor = self._events.cursor(self._workspace_id)
+            self._count, self._marks = self._cursor.count, self._cursor.marks
             if workspace.status in (CREATING, ERROR) and self._tail:
                 told = [event for event in self._events.recent(self._workspace_id) if event.type == 'log'][-self._tail:]
         yield [status_event(workspace, self._place())]
@@ -3042,11 +3223,10 @@ class CatchUp:
             self._reader.put(event)
         self._events.attach(self._workspace_id, self._reader)
         if not waiting and all(item.id != self._workspace_id for item in self._backend.state.all()):
-            # It was deleted before there was anything attached.
-            self._reader.put(Event('status', self._workspace_id, self._place(), time.time(), DELETED))
+            self._reader.put(self._deletion())  # it came before there was anything attached
 
     def _until_ready(self):
-        while not self._backend.agents.resumed.wait(1):
+        while not self._backend.agents.wait_until_told(self._workspace_id, timeout=1):
             yield []
         while not self._pump.ready.wait(1):
             yield from self._missed()
@@ -3061,7 +3241,8 @@ class CatchUp:
         self._events.attach(self._workspace_id, live)
         try:
             yield from self._missed()
-            for lines in self._old_lines():
+            # For lines after a stamp the engine reads all of a log; often there are none.
+            for lines in self._old_lines() if str(self._position) != str(barrier) else ():
                 if not lines:
                     yield []
                     continue
@@ -3069,20 +3250,20 @@ class CatchUp:
                     before = min(stamp for _, stamp, _ in lines) - 1
                     self._position = LogPosition((before, 0), (before, 0))
                 covered = [line for line in lines if barrier.covers(line[0], line[1])]
-                batch = list(self._events.log_events(self._workspace_id, covered, self._count, self._position, self._marks))
-                for start in range(0, len(batch), BATCH):
-                    yield batch[start:start + BATCH]
+                yield list(self._events.log_events(self._workspace_id, covered, self._position, self._place))
             self._position = self._position or barrier
             lost, waiting = live.drain()
             while waiting and not lost:
                 yield [event for event in waiting if not self._cursor.has_seen(event)]
-                seen = Cursor.parse(waiting[-1].id)
-                self._count, self._position = seen.count, seen.position or self._position
-                self._marks.update(seen.marks)
+                self._move_to(Cursor.parse(waiting[-1].id))
                 lost, waiting = live.drain()
         finally:
             self._events.detach(self._workspace_id, live)
         return lost, waiting
+
+    def _move_to(self, seen):
+        self._count, self._cursor.seen_at, self._position = seen.count, seen.seen_at, seen.position or self._position
+        self._marks.update(seen.marks)
 
     def _old_lines(self):
         """Give what the engine holds from the position on, or the last lines; an empty list while it is away."""
@@ -3091,6 +3272,9 @@ class CatchUp:
             try:
                 yield from self._backend.logs.read(self._workspace_id, position=self._position, tail=self._tail if self._position is None else None)
                 return
+            except UnreadableLog as error:
+                log.debug('A reader of %s goes on behind what is damaged: %s', self._workspace_id, error)
+                return
             except DockerError as error:
                 log.debug('A reader of %s waits for the engine: %s', self._workspace_id, error)
             yield []
@@ -3098,9 +3282,11 @@ class CatchUp:
 
     def _missed(self):
         """Give what was published since the reader's cursor; of a task that was told of before, only what came after."""
-        held, batch = self._events.missed(self._workspace_id, self._count), []
-        if not self._fresh and (self._count == 0 or len(held) >= RING_SIZE):
+        ring, now = self._events.ring(self._workspace_id), self._events.cursor(self._workspace_id)
+        held, lost = ring.after(self._count), ring.lost_after(self._count)
+        if ring.end_of_dropped > self._count or (self._count == 0 and not self._fresh):
             yield from self._missed_of_tasks()
+        batch = [dropped_event(self._workspace_id, lost, self._place())] if lost else []
         for number, event in held:
             self._count = number
             if self._cursor.has_seen(event):
@@ -3108,13 +3294,19 @@ class CatchUp:
             if event.place is not None:
                 self._marks[event.session_id] = event.place
             batch.append(self._told(event))
-        for start in range(0, len(batch), BATCH):
-            yield batch[start:start + BATCH]
+        self._cursor.seen_at = now.seen_at
+        for session_id, mark in now.marks.items():
+            self._marks.setdefault(session_id, mark)  # it has begun, and nothing of it was told yet
+        yield batch
 
     def _missed_of_tasks(self):
-        """Give what the ring has no more of tasks, or an earlier process published: the files of their runs have all of it."""
-        after = {item.id: (item.runs[-1].number, -1, 0) for item in self._backend.state.sessions()
-                 if item.workspace_id == self._workspace_id and item.runs[-1].state == RUNNING}
+        """Give what the ring has no more of tasks, or an earlier process published: the files of their runs have all of it.
+
+        A task that began after what the reader has seen is told from its beginning; one that ran then has a mark.
+        """
+        begun = {item.id: next((run.number for run in item.runs if run.started_at > self._cursor.seen_at), None)
+                 for item in self._backend.state.sessions() if item.workspace_id == self._workspace_id}
+        after = {key: (number - 1, LAST_LINE, 0) for key, number in begun.items() if number is not None}
         for session_id, start in (after | {key: place_of(mark) for key, mark in self._marks.items()}).items():
             for told in told_for_sure(self._backend, session_id, start):
                 batch = []
@@ -3125,10 +3317,13 @@ class CatchUp:
 
     def _told(self, event, **changes):
         """Return an event with the id that it has for this reader."""
-        return dataclasses.replace(event, id=self._place(), json=None, sse=None, frame=None, **changes)
+        return dataclasses.replace(event, id=self._place(), json=None, **changes)
+
+    def _deletion(self):
+        return Event('status', self._workspace_id, self._place(), time.time(), DELETED)
 
     def _place(self):
-        return self._events.place(self._workspace_id, self._count, str(self._position or ''), self._marks)
+        return place_id(self._events.boot, self._count, self._cursor.seen_at, self._position or '', self._marks)
 
 
 def status_event(workspace, place):
@@ -3179,37 +3374,59 @@ def workspace_events(backend, workspace_id, *, cursor, tail, departure):
         backend.events.detach(workspace_id, reader)
 
 
-def session_events(backend, session_id, *, after, departure, until=None):
-    """Yield lists of events of a session for ever, or to the place `until`; an empty one as a sign of life.
+def session_events(backend, session_id, *, after, departure, task=None):
+    """Yield lists of events of a session for ever, or to the end of `task` (session, run); an empty one as a sign of life.
 
     The session may be yet to come. What this process did not see, or a slow reader missed, comes from the files of the runs.
     """
     reader = Subscription()
-    watch = departure(lambda: reader.close())
+    watch = departure(reader.close)
     try:
         with backend.streams.opened(reader):
-            while not backend.agents.resumed.wait(HEARTBEAT):
+            while not backend.agents.wait_until_told(session_id, timeout=1):
                 yield []
-            lost = True
-            while not reader.closed:
-                if lost:
-                    reader.drain()
-                    backend.events.attach(session_id, reader)
-                    for batch in told_since(backend, session_id, after):
-                        if reader.closed:
-                            return
-                        after = batch[-1][0] if batch else after
-                        yield [event for _, event in batch]
-                lost, batch = reader.take(HEARTBEAT) if until is None or after < until else (0, [])
-                # A workspace's id in the place of a session's gives that one's events, which have other ids.
-                batch = [event for event in batch if event.session_id == session_id and place_of(event.id) > after] if not lost else []
-                after = place_of(batch[-1].id) if batch else after
-                yield batch
-                if until is not None and after >= until:
+                if reader.closed:
                     return
+            batches = session_batches(backend, session_id, reader, after)
+            yield from ([event for _, event in batch] for batch in (up_to_the_end(backend, batches, *task) if task else batches))
     finally:
         watch.close()
         backend.events.detach(session_id, reader)
+
+
+def session_batches(backend, session_id, reader, after):
+    """Yield lists of (place, event) of a session after a place, until the reader is closed."""
+    after, lost = backend.agents.place_in(session_id, after), True
+    while not reader.closed:
+        if lost:
+            reader.drain()
+            backend.events.attach(session_id, reader)
+            for batch in told_since(backend, session_id, after):
+                if reader.closed:
+                    return
+                after = batch[-1][0] if batch else after
+                yield batch
+        lost, waiting = reader.take(HEARTBEAT)
+        # A workspace's id in the place of a session's gives that one's events, which have other ids.
+        batch = [(place_of(event.id), event) for event in waiting if event.session_id == session_id] if not lost else []
+        if batch and batch[0][0] == (1, 0, 0) and after >= (1, LAST_LINE, 0):
+            after = BEGINNING  # a session that was deleted begins anew
+        batch = [(place, event) for place, event in batch if place > after]
+        after = batch[-1][0] if batch else after
+        yield batch
+
+
+def up_to_the_end(backend, batches, session, run):
+    """Yield lists of (place, event) as they come, up to the last event of a run; one whose session was deleted meanwhile is given an end."""
+    end = (run.number, LAST_LINE, 0)
+    for batch in batches:
+        if not batch and not backend.agents.knows(session, run):
+            yield [(end, Event('error', session.workspace_id, event_id_of(end), time.time(), {'runId': run.id, **INTERRUPTED_ERROR}, session.id))]
+            return
+        batch = [(place, event) for place, event in batch if place <= end]
+        yield batch
+        if batch and batch[-1][0] == end:
+            return
 
 
 def told_since(backend, session_id, after):
@@ -3253,10 +3470,12 @@ def told(backend, session_id, after):
 def sse_stream(batches):
     """Yield the text of an SSE stream; a heartbeat when nothing comes for a while, since only a write finds some of the dead."""
     yield b': events\nretry: %d\n\n' % RETRY
-    written = time.monotonic()
+    written, turn = time.monotonic(), Turn()
     for batch in batches:
+        for start in range(0, len(batch), BATCH):
+            yield b''.join(map(view_sse, batch[start:start + BATCH]))
+            turn.pass_on()
         if batch:
-            yield b''.join(map(view_sse, batch))
             written = time.monotonic()
         elif time.monotonic() - written >= HEARTBEAT - 1:
             yield b': still here\n\n'
@@ -3280,9 +3499,9 @@ class WebSocketClient:
         self._trusted = trusted
         self._outbox = Subscription(on_put=self._wake)
         self._room = gevent.event.Event()
-        self._feeds = {}  # topic -> (what ends it, greenlet that catches up)
+        self._feeds = {}  # topic -> (pump, greenlet that catches up), each of them or None
         self._writer = None
-        self._pinged_at = None
+        self._ping_is_due = False
         self._place = ''
 
     def run(self):
@@ -3307,11 +3526,12 @@ class WebSocketClient:
 
     def check(self):
         """Drop a client that has not been heard of for long, and ask one that is silent for a sign of life."""
-        silent = gevent.get_hub().loop.now() - self._socket.last_heard
+        silent = time.monotonic() - self._socket.last_heard
         if silent > 3 * PING_PAUSE:
             self._socket.abort()
-        elif silent > PING_PAUSE and self._writer is None:
-            self._writer = gevent.spawn(self._ping)
+        elif silent > PING_PAUSE:
+            self._ping_is_due = True
+            self._wake()
 
     # What the client says
 
@@ -3329,6 +3549,7 @@ class WebSocketClient:
     def _refuse(self, message, error):
         """Say what was wrong; the connection stays, but for a client that is not allowed here."""
         about = message.get('workspaceId') if isinstance(message, dict) else None
+        about = about if isinstance(about, str) and len(about) <= 100 else None
         self._say('error', about, {'code': error.code, 'message': str(error)} | ({'details': error.details} if error.details else {}))
         if isinstance(error, Unauthorized):
             self._flush()
@@ -3356,43 +3577,48 @@ class WebSocketClient:
         self._unsubscribe(topic)
         if len(self._feeds) >= MAX_SUBSCRIPTIONS:
             raise TooMany(f'This connection has {MAX_SUBSCRIPTIONS} subscriptions already; unsubscribe from one, or open another.')
-        ending = contextlib.ExitStack()
-        ending.callback(self._backend.events.detach, topic, self._outbox)
         if topic == EVERYTHING:
-            greenlet = gevent.spawn(self._feed_everything, cursor)
+            self._feeds[topic] = None, gevent.spawn(self._feed_everything)
         else:
-            pump = ending.enter_context(self._backend.logs.watched(topic))
-            greenlet = gevent.spawn(self._feed, topic, pump, cursor, message.get('tail', DEFAULT_TAIL))
-        self._feeds[topic] = ending, greenlet
+            pump = self._backend.logs.watch(topic)
+            self._feeds[topic] = pump, gevent.spawn(self._feed, topic, pump, cursor, message.get('tail', DEFAULT_TAIL))
 
     def _unsubscribe(self, topic):
-        ending, greenlet = self._feeds.pop(topic, (None, None))
-        if ending is not None:
+        pump, greenlet = self._feeds.pop(topic, (None, None))
+        if greenlet is not None:
             greenlet.kill()
-            ending.close()
+        self._backend.events.detach(topic, self._outbox)
+        if pump is not None:
+            self._backend.logs.unwatch(pump)
 
     def _feed(self, workspace_id, pump, cursor, tail):
         try:
             for batch in CatchUp(self._backend, workspace_id, self._outbox, pump, cursor=cursor, tail=tail).batches():
                 self._offer(batch)
+            self._feeds[workspace_id] = pump, None  # a greenlet that is done is not worth its memory
         except BackendError as error:
             self._say('error', workspace_id, {'code': error.code, 'message': str(error)})
 
-    def _feed_everything(self, cursor):
+    def _feed_everything(self):
+        """Tell the status of each workspace; what it was before `after` is of no use."""
         events = self._backend.events
         events.attach(EVERYTHING, self._outbox)
-        place = f'{events.boot}.{events.count}.'
+        place = events.place(EVERYTHING)
         for workspace in self._backend.state.all():
-            self._offer([status_event(workspace, place)])
-        del cursor  # the status of each is told at once; what it was before is of no use
+            self._wait_for_room()
+            with contextlib.suppress(WorkspaceNotFound):  # deleted meanwhile; what changed meanwhile has been told already
+                self._outbox.put(status_event(self._backend.state.get(workspace.id), place))
 
     def _offer(self, batch):
         """Put old events into the outbox when there is room: unlike the live ones, they can wait."""
         for event in batch:
-            while not self._outbox.has_room:
-                self._room.clear()
-                self._room.wait(1)
+            self._wait_for_room()
             self._outbox.put(event)
+
+    def _wait_for_room(self):
+        while not self._outbox.has_room:
+            self._room.clear()
+            self._room.wait(1)
 
     def _say(self, kind, workspace_id, data):
         self._outbox.put(Event(kind, workspace_id, '', time.time(), data))
@@ -3407,8 +3633,11 @@ class WebSocketClient:
         """Write what waits, all of it at once, until nothing comes for a second."""
         try:
             while not self._socket.closed:
+                if self._ping_is_due:
+                    self._ping_is_due = False
+                    self._socket.ping()
                 lost, events = self._outbox.take(1)
-                if not events and not len(self._outbox):
+                if not events and not len(self._outbox) and not self._ping_is_due:
                     return
                 self._send(lost, events)
         except WebSocketError as error:
@@ -3430,16 +3659,6 @@ class WebSocketClient:
     def _flush(self):
         with contextlib.suppress(WebSocketError):
             self._send(*self._outbox.drain())
-
-    def _ping(self):
-        try:
-            self._socket.ping()
-        except WebSocketError:
-            pass
-        finally:
-            self._writer = None
-        if len(self._outbox):
-            self._wake()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3568,12 +3787,12 @@ def read_log(backend, call):
     tail = call.query.get('tail')
     backend.streams.admit()
     if call.query.get('follow'):
-        cursor = Cursor(backend.events.boot, backend.events.count, position) if position else None
+        cursor = Cursor(backend.events.boot, backend.events.count, time.time(), position) if position else None
         batches = workspace_events(backend, workspace.id, cursor=cursor, tail=10_000_000 if tail is None else tail, departure=call.departure)
     else:
         lines = backend.logs.read(workspace.id, position=position, tail=tail)
         first = next(lines, [])  # here an engine that is away can still be told
-        batches = (list(backend.events.log_events(workspace.id, batch, 0, position or LogPosition())) for batch in itertools.chain([first], lines))
+        batches = (list(backend.events.log_events(workspace.id, batch, position or LogPosition(), str)) for batch in itertools.chain([first], lines))
     return Reply(stream=text_stream(batches), headers={**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'})
 
 
@@ -3588,7 +3807,7 @@ def execute_task(backend, call):
     headers = {'X-Session-Id': session.id, 'X-Run-Id': run.id, 'Location': f'/api/agent/sessions/{session.id}'}
     if 'application/json' in call.accept:
         return Reply({'sessionId': session.id, 'runId': run.id, 'workspaceId': session.workspace_id, 'agent': session.agent}, 202, headers)
-    batches = session_events(backend, session.id, after=(run.number, -1, 0), departure=call.departure, until=(run.number, LAST_LINE, 0))
+    batches = session_events(backend, session.id, after=(run.number - 1, LAST_LINE, 0), departure=call.departure, task=(session, run))
     return Reply(stream=sse_stream(batches), headers=SSE_HEADERS | headers)
 
 
@@ -4040,7 +4259,7 @@ class Pages:
         if name == 'openapi.html':
             return self._reference()
         path = self._scalar() if name == 'scalar.js' else self._folder / name
-        if path is None or path.name.startswith(('.', 'openapi-')) or not path.is_file():
+        if path is None or len(name) > 100 or path.name.startswith(('.', 'openapi-')) or not path.is_file():
             raise NotFound(f'There is no file {name[:100]!r} here.')
         return Page(name, path)
 
@@ -4088,6 +4307,7 @@ class Backend:
     def open(self):
         """Read what is known, and begin to keep up with the engine."""
         self.state.open()
+        self.agents.open()
         self.workspaces.open()
         return self
 
@@ -4145,7 +4365,8 @@ class Gate:
             self._check_path(environ)
             if environ['REQUEST_METHOD'] == 'OPTIONS':
                 return self._options(environ, start)
-            environ['agentbackend.trusted'] = self._has_token(environ) or self._has_ticket(environ)
+            has_ticket = self._has_ticket(environ)  # which is taken out of the query also when it is not needed
+            environ['agentbackend.trusted'] = self._has_token(environ) or has_ticket
             if not environ['agentbackend.trusted'] and not self._is_open(environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']):
                 raise Unauthorized("This server needs its API token: send 'Authorization: Bearer <API_TOKEN>'.",
                                    headers={'WWW-Authenticate': 'Bearer'})

@@ -11,6 +11,7 @@ from datetime import datetime
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
 MAX_FIELDS = 50  # of one event
+MAX_PARTS = 1_000_000  # of one line
 
 # ---------------------------------------------------------------------------------------------
 # Plans
@@ -62,7 +63,12 @@ def shorten(text, limit=MAX_WORDS):
 # ---------------------------------------------------------------------------------------------
 
 def parse_record(text):
-    """Return the JSON object of a line, or None for anything else, NaN and infinite numbers included: a browser could not read them."""
+    """Return the JSON object of a line, or None for anything else, NaN and infinite numbers included: a browser could not read them.
+
+    One of very many parts is none either: an object of Python has ten times the size of its text, and to make it takes all others' time.
+    """
+    if text.count('{') + text.count('[') > MAX_PARTS:
+        return None
     try:
         record = json.loads(text, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError):
@@ -101,12 +107,18 @@ class CommandLines:
     `outcome` is None until the agent has told its end, then {'ok', 'data' or 'code' and 'message'}.
     """
 
+    independent = True  # a line can be left out without harm to the next
     KINDS = ('progress', 'log', 'message', 'result', 'error')
 
     def __init__(self):
         self.outcome = None
         self.stamp = None
         self.conversed = True
+
+    @property
+    def has_ended(self):
+        """Tell whether it has said its last word, after which it need not live on."""
+        return self.outcome is not None
 
     def end(self, status):
         """Take the exit status: a script that says nothing of its end is judged by it."""
@@ -133,6 +145,7 @@ class CommandLines:
 class ClaudeLines:
     """The lines of Claude Code's `--output-format stream-json`. Unknown records and fields come with every release and are passed over."""
 
+    independent = False
     ENDS = {'error_max_turns': ('AGENT_MAX_TURNS', 'The task needed more turns than maxTurns allows.'),
             'error_max_budget_usd': ('AGENT_MAX_BUDGET', 'The task cost more than maxBudgetUsd allows.')}
 
@@ -145,6 +158,7 @@ class ClaudeLines:
         self._tools = {}  # id -> (name, title)
         self._tasks = {}  # id -> [text while it is done, state]; the plan of the newer task tools, told bit by bit
         self._wishes = {}  # id of a TaskCreate call -> its activeForm
+        self._background = set()  # ids of other agents' tasks for whose end it waits, to go on with what they have found
 
     def line(self, text):
         """Return the events of one line."""
@@ -159,6 +173,11 @@ class ClaudeLines:
         except (TypeError, AttributeError, KeyError):
             return []  # a record of a shape that no release has had so far; the run goes on without it
 
+    @property
+    def has_ended(self):
+        """Tell whether it has said its last word. It may still wait for other agents; for a command, a server say, it would wait for ever."""
+        return self.outcome is not None and not self._background
+
     def end(self, status):
         """Take the exit status, which tells nothing: Claude Code ends with 0 when it was interrupted."""
 
@@ -166,6 +185,10 @@ class ClaudeLines:
         if record.get('subtype') == 'init' and not self._begun:  # a further one comes with each answer to a background task
             self._begun = True
             yield 'log', {'stream': 'agent', 'message': f"Claude Code {record.get('claude_code_version', '')} with {record.get('model', 'its model')}"}
+        elif record.get('subtype') == 'task_started' and record.get('is_backgrounded') and record.get('task_type') != 'local_bash':
+            self._background.add(str(record.get('task_id')))
+        elif record.get('subtype') == 'task_notification':
+            self._background.discard(str(record.get('task_id')))
         elif record.get('subtype') == 'api_retry':
             what = f"answered {record['error_status']} ({record.get('error')})" if record.get('error_status') else f"did not answer ({record.get('error')})"
             yield 'log', {'stream': 'agent', 'message': f"The API {what}; attempt {record.get('attempt')} of {record.get('max_retries')} follows."}
@@ -287,9 +310,10 @@ def tool_title(name, wish):
 class RunReader:
     """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the same bytes."""
 
-    def __init__(self, number, lines, strike=str):
+    def __init__(self, number, lines, strike=str, *, skip=0):
         self.number = number
         self.lines = lines
+        self._skip = skip if lines.independent else 0  # lines at the beginning whose events nobody wants
         self._strike = strike  # takes secrets out of a line, before a shortened message can hold a part of one
         self.offset = 0  # bytes taken
         self.count = 0  # lines
@@ -314,6 +338,9 @@ class RunReader:
 
     def _line(self, line):
         self.count += 1
+        if self.count <= self._skip:
+            self._too_long = False
+            return []
         too_long, self._too_long = self._too_long or len(line) > MAX_LINE, False
         events = [('log', {'stream': 'agent', 'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
             else self.lines.line(self._strike(line.decode('utf-8', 'replace')))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import re
 import struct
+import time
 from datetime import datetime
 
 import gevent
@@ -27,10 +28,35 @@ from geventwebsocket.websocket import Header, Stream, WebSocket
 IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
 DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
 DISCARD_PATIENCE = 2  # seconds that this may take
+READ_BUFFER = 2048  # bytes of each connection, in the place of 8 KB
+TURN = 0.005  # seconds of work before others are let on
 # A peer that vanished without a word is found within about 15 s, whether we send to it or not.
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
              (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000))
+
+
+class Turn:
+    """The time that a greenlet takes for its work before others are let on: while there is data, gevent never switches by itself."""
+
+    __slots__ = ('_begun',)
+
+    def __init__(self):
+        self._begun = time.monotonic()
+
+    def pass_on(self):
+        """Let others have theirs if this one is over."""
+        if time.monotonic() - self._begun > TURN:
+            gevent.sleep(0)
+            self._begun = time.monotonic()
+
+
+def politely(items):
+    """Yield what an iterator gives, and let others have their turn now and then."""
+    turn = Turn()
+    for item in items:
+        yield item
+        turn.pass_on()
 
 
 def read_up_to(stream, count):
@@ -73,7 +99,10 @@ class Handler(WebSocketHandler):
     """
 
     request_timeout = 10
-    max_message = 2**20  # bytes
+    max_message = 2**16  # bytes
+
+    def __init__(self, sock, address, server):
+        super().__init__(sock, address, server, sock.makefile('rb', READ_BUFFER))
 
     @staticmethod
     def refusal(status, text):
@@ -248,7 +277,7 @@ class Socket(WebSocket):
         self._connection = handler.socket
         self._max_message = handler.max_message
         self._left = self._max_message
-        self.last_heard = gevent.get_hub().loop.now()
+        self._turn, self.last_heard = Turn(), time.monotonic()
         self.close_code = None  # what the other side or we gave as the reason of the end
 
     def read_message(self):
@@ -258,8 +287,9 @@ class Socket(WebSocket):
 
     def read_frame(self):
         """Read one frame, refusing an unmasked or an oversized one before its payload is read."""
+        self._turn.pass_on()
         header = Header.decode_header(self.stream)
-        self.last_heard = gevent.get_hub().loop.now()
+        self.last_heard = time.monotonic()
         if header.flags:
             raise ProtocolError('reserved bits are set')
         if not header.mask:
@@ -272,6 +302,12 @@ class Socket(WebSocket):
         if len(payload) != header.length:
             raise WebSocketError('the connection ended within a frame')
         return header, unmask(payload, header.mask)
+
+    def validate_utf8(self, payload):
+        """Leave it to the decoding of the whole message: the library looks at each byte in Python, twice."""
+
+    def _decode_bytes(self, bytestring):
+        return bytestring.decode('utf-8')
 
     def receive(self):
         """Return the next message, or None when the connection has ended, for whatever reason."""
@@ -373,6 +409,10 @@ def parse_stamp(stamp):
     return parse_second(stamp[:19]) * 1_000_000_000 + int(stamp[20:29])
 
 
+class LogDamaged(Exception):
+    """The engine says, in the midst of a log, that it can not read on; the text is what it says."""
+
+
 class LogLines:
     """Takes the bytes of a log stream with stamps, and gives lines as (stream, stamp, text).
 
@@ -388,6 +428,9 @@ class LogLines:
     def feed(self, data):
         """Return the lines that are complete with these bytes."""
         self._buffer += data
+        if self._tty and b'\n' not in data:
+            del self._buffer[MAX_LINE + 100:]  # of a line without an end, as a progress bar makes it; the stamp stands before it
+            return []
         return self._feed_tty() if self._tty else self._feed_frames()
 
     def end(self):
@@ -409,6 +452,8 @@ class LogLines:
         return lines
 
     def _frame(self, stream, payload, lines):
+        if stream not in STREAM_NAMES:
+            raise LogDamaged(payload.decode('utf-8', 'replace').strip())
         stamp, _, content = payload.partition(b' ')
         held = self._parts.get(stream)
         if held is not None and held[0] != stamp:
@@ -435,7 +480,11 @@ class LogLines:
 
     @staticmethod
     def _line(stream, stamp, content):
-        return (stream or STDOUT), parse_stamp(stamp.decode('ascii')), bytes(content[:MAX_LINE]).decode('utf-8', 'replace').rstrip('\r\n')
+        try:
+            at = parse_stamp(stamp.decode('ascii'))
+        except ValueError as error:
+            raise LogDamaged(bytes(stamp + b' ' + content)[:300].decode('utf-8', 'replace')) from error
+        return (stream or STDOUT), at, bytes(content[:MAX_LINE]).decode('utf-8', 'replace').rstrip('\r\n')
 
 
 def read_frames(stream):

@@ -51,6 +51,25 @@ TINY_BANNER = """\
 echo SSH-2.0-tiny
 """
 
+AGENTS_DOCKERFILE = """\
+# Debian with what agents need of templates/base, that answers as a workspace does.
+FROM {base}
+LABEL agentbackend.test={test}
+COPY busybox entry banner agent-run agent-sweep /usr/local/bin/
+RUN useradd --uid 1000 --user-group --create-home dev && ln -s /usr/local/bin/busybox /bin/busybox
+ENTRYPOINT ["/usr/local/bin/entry"]
+"""
+AGENTS_ENTRY = """\
+#!/bin/sh
+mkdir -p /www "$PROJECT_DIR" && chown -R dev "$WORKSPACE_BASE_PATH"
+echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
+busybox httpd -p 8443 -h /www
+busybox nc -ll -p 2222 -e /usr/local/bin/banner &
+trap 'exit 0' TERM
+while :; do sleep 1000 & wait $!; done
+"""
+AGENTS_BANNER = '#!/bin/sh\necho SSH-2.0-tiny\n'
+
 
 @pytest.fixture(scope='session')
 def docker_client():
@@ -67,6 +86,22 @@ def templates_dir(tmp_path_factory, docker_client):
     folder, test = tmp_path_factory.mktemp('templates'), uuid.uuid4().hex
     write_template(folder, 'tiny', test)
     yield folder
+    remove_images(docker_client, test)
+
+
+@pytest.fixture(scope='session')
+def agents_template(tmp_path_factory, docker_client):
+    """A folder with the small template `agents`, in which agents can work, and the image that it stands on."""
+    folder, test = tmp_path_factory.mktemp('agents-templates'), uuid.uuid4().hex
+    base = next(name for name in ('debian:bookworm-slim', 'agentbackend-debian:bookworm') if docker_client.images.list(name))
+    target = folder / 'agents'
+    target.mkdir()
+    shutil.copy(shutil.which('busybox'), target / 'busybox')
+    for name in ('agent-run', 'agent-sweep'):
+        shutil.copy(ROOT / 'templates' / 'base' / 'bin' / name, target / name)
+    for name, text in (('Dockerfile', AGENTS_DOCKERFILE.format(base=base, test=test)), ('entry', AGENTS_ENTRY), ('banner', AGENTS_BANNER)):
+        (target / name).write_text(text)
+    yield folder, base
     remove_images(docker_client, test)
 
 
@@ -246,13 +281,16 @@ def objects_of(client, instance):
 
 
 def remove_objects(client, instance):
+    """Remove every container and volume of an instance; a server that was stopped meanwhile may be at it too."""
     filters = {'label': f'agentbackend.instance={instance}'}
-    for item in client.api.containers(all=True, filters=filters):
-        with contextlib.suppress(docker.errors.NotFound):
-            client.api.remove_container(item['Id'], force=True, v=True)
-    for item in client.api.volumes(filters=filters)['Volumes'] or ():
-        with contextlib.suppress(docker.errors.NotFound):
-            client.api.remove_volume(item['Name'], force=True)
+    deadline = time.monotonic() + 20
+    while objects_of(client, instance) and time.monotonic() < deadline:
+        for item in client.api.containers(all=True, filters=filters):
+            with contextlib.suppress(docker.errors.APIError):
+                client.api.remove_container(item['Id'], force=True, v=True)
+        for item in client.api.volumes(filters=filters)['Volumes'] or ():
+            with contextlib.suppress(docker.errors.APIError):
+                client.api.remove_volume(item['Name'], force=True)
 
 
 @pytest.fixture

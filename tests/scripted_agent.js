@@ -18,6 +18,7 @@ const scenarios = {
   linger: () => { say('result', { message: 'done, but here' }); stay(); },
   silent: () => stay(),
   chatter: () => setInterval(() => say('log', { stream: 'agent', message: 'still' }), 100),
+  flood: () => setInterval(() => print('flood '.repeat(20000) + '\n'), 10),
   exit: () => { process.stderr.write('sorry\n'); process.exit(+words[0]); },
   fail: () => { say('error', { code: 'MY_CODE', message: 'as told' }); process.exit(0); },
   wait: () => { say('message', { message: 'started' }); setTimeout(() => say('result', { message: 'waited' }), 1000 * +words[0]); },

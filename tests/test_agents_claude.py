@@ -194,7 +194,7 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
         kind, data = end_of(do(server, '[script:hang]'))
     assert kind == 'error' and data['code'] == 'AGENT_IDLE_TIMEOUT' and 'AGENT_IDLE_TIMEOUT' in data['message']
     assert time.monotonic() - begun < 12
-    assert not running(docker_client, server.container, 'claude')
+    assert not running(docker_client, server.container, 'stream-json')
 
 
 @pytest.mark.parametrize('script', ['long', 'nested'])
@@ -226,6 +226,23 @@ def test_what_a_task_has_started_in_the_background_outlives_its_success(server, 
         assert running(docker_client, server.container, 'sleep 64.5')
     finally:
         shell(docker_client, server.container, 'pkill -f "sleep 64.5"')
+
+
+def test_a_command_in_the_background_is_not_waited_for_and_outlives_the_task(server, docker_client):
+    try:
+        begun = time.monotonic()
+        assert end_of(do(server, '[script:background]'))[1]['message'] == 'It runs in the background.'
+        assert time.monotonic() - begun < 20
+        assert running(docker_client, server.container, 'sleep 65.5') and not running(docker_client, server.container, 'stream-json')
+    finally:
+        shell(docker_client, server.container, 'pkill -f "sleep 65.5"')
+
+
+def test_another_agent_in_the_background_is_waited_for(server):
+    begun = time.monotonic()
+    events = do(server, '[script:delegating]')
+    assert end_of(events)[1]['message'] == 'The patient work was done.' and time.monotonic() - begun > 9
+    assert messages(events) == ['It is being worked on.', 'The patient work was done.']
 
 
 # Keys

@@ -124,11 +124,16 @@ def test_one_that_lives_on_after_its_result_is_ended_and_has_succeeded(server, d
     assert not running(docker_client, server.container, 'agent.js')
 
 
-def test_limits_of_silence_and_of_time(server, docker_client):
-    with restarted(server, AGENT_IDLE_TIMEOUT='1.5', AGENT_TIMEOUT='4'):
+def flood(server):
+    server.until(lambda: len([item for item in server.get('/api/agent/sessions?state=running')]) < 3)
+    return begin(server, 'flood')['sessionId']
+
+
+def test_limits_of_silence_of_time_and_of_output(server, docker_client):
+    with restarted(server, AGENT_IDLE_TIMEOUT='1.5', AGENT_TIMEOUT='4', AGENT_MAX_OUTPUT='1m'):
         silent, chatter = begin(server, 'silent')['sessionId'], begin(server, 'chatter')['sessionId']
         own = begin(server, 'chatter', timeout=1)['sessionId']
-        for session, code in ((silent, 'AGENT_IDLE_TIMEOUT'), (chatter, 'AGENT_TIMEOUT'), (own, 'AGENT_TIMEOUT')):
+        for session, code in ((silent, 'AGENT_IDLE_TIMEOUT'), (chatter, 'AGENT_TIMEOUT'), (own, 'AGENT_TIMEOUT'), (flood(server), 'AGENT_MAX_OUTPUT')):
             ended(server, session)
             assert end_of(transcript(server, session))[1]['code'] == code
     assert not running(docker_client, server.container, 'agent.js')

@@ -1,15 +1,13 @@
 """A task of ten thousand events, each told once and in order to everybody who comes back, whatever dies in between."""
 import contextlib
 import random
-import shutil
 import subprocess
-import uuid
 
 import gevent
 import pytest
 import requests
 from agents import begin, ended, transcript
-from conftest import ROOT, Network, Served, remove_images, remove_objects
+from conftest import Network, Served, remove_objects
 from streaming import Sse
 from test_adoption import OwnEngine
 
@@ -17,24 +15,6 @@ COUNT = 10_000
 # 50 events every tenth of a second or so.
 STEP = '{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}'
 AGENT = f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP.replace('%d', str(COUNT))}"; done; sleep 0.08; done'"""
-DOCKERFILE = """\
-# Debian with what agents need of templates/base, that answers as a workspace does.
-FROM {base}
-LABEL agentbackend.test={test}
-COPY busybox entry banner agent-run agent-sweep /usr/local/bin/
-RUN useradd --uid 1000 --user-group --create-home dev && ln -s /usr/local/bin/busybox /bin/busybox
-ENTRYPOINT ["/usr/local/bin/entry"]
-"""
-ENTRY = """\
-#!/bin/sh
-mkdir -p /www "$PROJECT_DIR" && chown -R dev "$WORKSPACE_BASE_PATH"
-echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
-busybox httpd -p 8443 -h /www
-busybox nc -ll -p 2222 -e /usr/local/bin/banner &
-trap 'exit 0' TERM
-while :; do sleep 1000 & wait $!; done
-"""
-BANNER = '#!/bin/sh\necho SSH-2.0-tiny\n'
 
 
 class Follower:
@@ -69,22 +49,6 @@ class Follower:
     @property
     def steps(self):
         return [data['step'] for kind, data in self.events if kind == 'progress']
-
-
-@pytest.fixture(scope='module')
-def template(tmp_path_factory, docker_client):
-    """A folder with a small template in which agents can work."""
-    folder, test = tmp_path_factory.mktemp('exact-templates'), uuid.uuid4().hex
-    base = next(name for name in ('debian:bookworm-slim', 'agentbackend-debian:bookworm') if docker_client.images.list(name))
-    target = folder / 'agents'
-    target.mkdir()
-    shutil.copy(shutil.which('busybox'), target / 'busybox')
-    for name in ('agent-run', 'agent-sweep'):
-        shutil.copy(ROOT / 'templates' / 'base' / 'bin' / name, target / name)
-    for name, text in (('Dockerfile', DOCKERFILE.format(base=base, test=test)), ('entry', ENTRY), ('banner', BANNER)):
-        (target / name).write_text(text)
-    yield folder, base
-    remove_images(docker_client, test)
 
 
 def settings_of(folder):
@@ -126,9 +90,9 @@ def restart(served):
 
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory, template, docker_client):
+def killed(tmp_path_factory, agents_template, docker_client):
     """A task during which the server was killed ten times, and its clients more than a hundred times."""
-    folder, _ = template
+    folder, _ = agents_template
     served = Served(tmp_path_factory.mktemp('killed'), folder, **settings_of(folder)).start()
     try:
         yield served, *follow(served, lambda number: restart(served), times=10)
@@ -164,8 +128,8 @@ def test_the_end_is_told_again_in_the_same_words_by_a_new_server(killed):
     assert 'Traceback' not in served.log.read_text()
 
 
-def test_each_event_comes_once_and_in_order_over_deaths_of_the_engine(tmp_path_factory, template):
-    folder, base = template
+def test_each_event_comes_once_and_in_order_over_deaths_of_the_engine(tmp_path_factory, agents_template):
+    folder, base = agents_template
     place, network = tmp_path_factory.mktemp('engine'), Network()
     engine = OwnEngine(place, network, '--live-restore').start()
     served = Served(place, folder, network=network, DOCKER_HOST=f'unix://{engine.socket}', **settings_of(folder))

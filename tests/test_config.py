@@ -20,7 +20,7 @@ GOOD = {  # a text that is not the default -> what Config makes of it
     'CUSTOM_PORTS': ('20012-65535', (20012, 65535)), 'WORKSPACE_BIND_ADDRESS': ('0.0.0.0', '0.0.0.0'),
     'WORKSPACE_HOST': ('dev.lan', 'dev.lan'), 'WORKSPACE_MEMORY': ('512m', 512 * 2**20), 'WORKSPACE_CPUS': ('0.5', 0.5),
     'DEFAULT_AGENT': ('command', 'command'), 'AGENT_COMMAND': ("bash -c 'echo hi'", ('bash', '-c', 'echo hi')),
-    'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_TASKS': ('2', 2), 'ANTHROPIC_API_KEY': ('key', 'key'),
+    'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_OUTPUT': ('1m', 2**20), 'AGENT_MAX_TASKS': ('2', 2), 'ANTHROPIC_API_KEY': ('key', 'key'),
     'ANTHROPIC_AUTH_TOKEN': ('token', 'token'), 'CLAUDE_CODE_OAUTH_TOKEN': ('oauth', 'oauth'),
     'ANTHROPIC_BASE_URL': ('http://gateway.lan', 'http://gateway.lan'),
     'WORKSPACE_PIDS': ('100', 100), 'AGENT_TTL': ('60', 60), 'DEFAULT_TEMPLATE': ('python', 'python'),

@@ -106,7 +106,7 @@ def free_port():
 # A workspace's life
 
 
-def test_a_workspace_lives_its_life_in_the_browser(make_page, make_server, own_templates, docker_client):
+def test_a_workspace_lives_its_life_in_the_browser(make_server, make_page, own_templates, docker_client):
     folder, add = own_templates
     add('fresh', 'RUN echo the-build-says-this && sleep 2')
     server = make_server(TEMPLATES_DIR=str(folder))
@@ -332,7 +332,7 @@ def test_the_editor_opens(make_page, agent_server):
 # The connection
 
 
-def test_the_page_comes_back_with_the_server(make_page, make_server):
+def test_the_page_comes_back_with_the_server(make_server, make_page):
     server = make_server(PORT=str(free_port()))
     server.running('steady', env={'PRINT': 'i=0; while :; do i=$((i+1)); echo "tick $i."; sleep 0.2; done'})
     page = make_page(expected='ERR_CONNECTION_REFUSED|WebSocket|ERR_EMPTY_RESPONSE|ERR_CONNECTION_RESET')
@@ -352,7 +352,7 @@ def test_the_page_comes_back_with_the_server(make_page, make_server):
     expect(page.locator('#ws-status')).to_have_text('running')
 
 
-def test_a_token_is_asked_for_and_kept_in_the_tab(make_page, make_server):
+def test_a_token_is_asked_for_and_kept_in_the_tab(make_server, make_page):
     server = make_server(API_TOKEN='open sesame')
     server.headers['Authorization'] = 'Bearer open sesame'
     server.create('guarded', env={'PRINT': 'echo behind the token'})

@@ -33,6 +33,7 @@ from agentbackend_wire import (
     MAX_LINE,
     STDERR,
     STDOUT,
+    LogDamaged,
     LogLines,
     LogPosition,
     parse_stamp,
@@ -40,6 +41,7 @@ from agentbackend_wire import (
     unmask,
 )
 
+LARGEST = agentbackend_wire.Handler.max_message  # bytes
 STAMP = '2026-11-23T20:56:17.{:09d}Z'
 SECOND = 1795467377 * 10**9  # of STAMP
 
@@ -96,6 +98,24 @@ def test_long_lines_of_both_streams_may_be_mixed():
     parts = [(1, 1, out), (2, 2, err)]
     data = b''.join(framed(stream, number, content[start:start + 16384]) for start in range(0, 40_001, 16384) for stream, number, content in parts)
     assert lines_of(data) == [(1, SECOND + 1, 'o' * 40_000), (2, SECOND + 2, 'e' * 40_000)]
+
+
+@pytest.mark.parametrize(('tty', 'data'), [
+    (False, b'\3\0\0\0\0\0\0\x26Error grabbing logs: invalid character'), (True, b'Error grabbing logs: invalid character\n')])
+def test_what_the_engine_says_of_a_damaged_log_is_no_line(tty, data):
+    parser = LogLines(tty)
+    with pytest.raises(LogDamaged, match='Error grabbing logs: invalid character'):
+        parser.feed(data)
+
+
+def test_a_line_of_a_terminal_without_an_end_takes_no_memory():
+    parser = LogLines(True)
+    parser.feed(STAMP.format(1).encode() + b' ')
+    for _ in range(200):
+        parser.feed(b'12 %\r' * 20_000)
+        assert len(parser._buffer) < MAX_LINE + 200
+    (_, stamp, text), = parser.feed(b'done\n')
+    assert stamp == SECOND + 1 and len(text) == MAX_LINE
 
 
 def test_a_character_may_be_cut_between_two_frames():
@@ -302,7 +322,7 @@ BROKEN = {
     'stray-continuation': (frame(b'x', 0), 1002), 'text-within-text': (frame(b'x', fin=False) + frame(b'y'), 1002),
     'not-utf-8': (frame(b'"\xff"'), 1007), 'not-utf-8-in-a-fragment': (frame(b'"', fin=False) + frame(b'\xc0\xaf"', 0), 1007), 'half-a-character': (frame('€'.encode()[:2]), 1007),
     'surrogate': (frame(b'\xed\xa0\x80'), 1007), 'close-reason-not-utf-8': (frame(b'\3\xe8\xff', CLOSE), 1007),
-    '4-gib': (frame(b'', length=2**32), 1009), 'all-of-64-bits': (frame(b'', length=2**63 - 1), 1009), 'one-byte-too-many': (frame(b'', length=2**20 + 1), 1009),
+    '4-gib': (frame(b'', length=2**32), 1009), 'all-of-64-bits': (frame(b'', length=2**63 - 1), 1009), 'one-byte-too-many': (frame(b'', length=LARGEST + 1), 1009),
     'close-of-one-byte': (frame(b'\3', CLOSE), 1002), **{f'close-{code}': (frame(struct.pack('!H', code), CLOSE), 1002) for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)}}
 
 
@@ -353,7 +373,7 @@ def test_many_messages_in_one_packet_and_one_message_in_many(ws):
 
 
 def test_a_message_of_the_largest_size_is_taken(ws):
-    ws.send_frame(b' ' * (2**20 - 16) + b'{"type": "ping"}')
+    ws.send_frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}')
     assert json.loads(ws.read_frame()[1])['type'] == 'pong'
 
 
@@ -412,7 +432,7 @@ def pair():
             self.socket, self.file = theirs, theirs.makefile('rb')
 
     class handler:  # noqa: N801
-        socket, max_message, server, rfile = ours, 2**20, None, ours.makefile('rb')
+        socket, max_message, server, rfile = ours, LARGEST, None, ours.makefile('rb')
 
     theirs.settimeout(15)
     yield agentbackend_wire.Socket({}, agentbackend_wire.Stream(handler), handler), Reader()
@@ -452,6 +472,27 @@ def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
     assert time.monotonic() - begun > 0.6 and not sender.closed
 
 
+# Floods
+
+
+@pytest.mark.parametrize(('first', 'flood'), [(b'', frame(b'', PONG)), (frame(b'', fin=False), frame(b'', 0, fin=False)), (b'', frame(b'nonsense')),
+                                              (b'', frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}'))], ids=['pongs', 'fragments', 'nonsense', 'large'])
+def test_a_flood_of_one_client_leaves_the_others_their_turn(server, first, flood):
+    with Ws(server) as stream:
+        stream.socket.sendall(first)
+        stream.socket.setblocking(False)
+        waits, end, rest = [], time.monotonic() + 2, b''
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            for _ in range(200):
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest or flood * (65536 // len(flood) + 1)
+                    rest = rest[stream.socket.send(rest):]
+            assert server.call('GET', '/api/workspaces').status_code == 200
+            waits.append(time.monotonic() - begun)
+        assert max(waits) < 0.5, waits
+
+
 # As others see it
 
 
@@ -463,7 +504,7 @@ def test_the_websockets_package_sees_the_real_close_codes(server):
         client.ping(b'mark').wait(5)
         client.close(4001, 'bye')
         assert (client.protocol.close_rcvd.code, client.protocol.close_rcvd.reason) == (4001, 'bye')
-    for sent, code in (('x' * (2**20 + 1), 1009), (b'"\xff"', 1007)):
+    for sent, code in (('x' * (LARGEST + 1), 1009), (b'"\xff"', 1007)):
         with websockets.sync.client.connect(uri) as client:
             client.send(sent, text=True)
             with pytest.raises(websockets.exceptions.ConnectionClosedError) as caught:
