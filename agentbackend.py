@@ -1,38 +1,27 @@
 """Agent Backend: development workspaces on your own Docker engine, behind a REST API.
 
-The module reads from top to bottom; a section uses names of its own and of those above it.
+The module reads from top to bottom; a section uses names of its own and of those above it. Errors, settings and schemas, the engine with
+the images, the pages, what agents print and what goes over the wire have modules of their own, which know nothing of this one.
 
-Errors      what can go wrong, each with its HTTP status and code
-Config      the settings, read once from the environment
-Schemas     JSON Schema files and the errors they find
 State       workspaces and ports in one locked dict, mirrored to one file
 Events      what happened, kept in a ring per topic, handed to bounded subscriptions
-Engine      everything that speaks with Docker
-Templates   folders with a Dockerfile, and the images built from them
 Logs        what containers print, followed once for all who read it
 Workspaces  create, start, stop, remove, adopt, sweep
-Agents      tasks that agents do in workspaces, and the translators of what they print
+Agents      tasks that agents do in workspaces
 Views       records as the objects of the API
 Streams     SSE and WebSocket clients
 Routes      the table of routes and their handlers
-OpenAPI     the document that describes the routes, made from them, the schemas and the docstrings
-Pages       the dashboard and the reference, and the files that they are made of
 Server      the gate before the routes, the WSGI server, the command line
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - first: bottle and docker keep what they find at import
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import fcntl
 import hashlib
-import hmac
-import html
 import http.client
-import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -40,35 +29,79 @@ import os
 import re
 import resource
 import secrets
-import shlex
 import signal
 import socket
 import string
-import subprocess
 import sys
-import tarfile
-import tempfile
 import threading
 import time
 import urllib.parse
 import uuid
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import bottle
-import docker
 import gevent
 import gevent.event
 import gevent.lock
 import gevent.pool
-import jsonschema
-import referencing
-import requests.exceptions
-import urllib3.exceptions
 from geventwebsocket.exceptions import WebSocketError
 
 from agentbackend_agents import ClaudeLines, CommandLines, RunReader, shorten
+from agentbackend_config import (
+    BackendError,
+    Config,
+    ConfigError,
+    ConflictOnEngine,
+    DockerError,
+    EngineUnavailable,
+    Forbidden,
+    MethodNotAllowed,
+    MissingOnEngine,
+    NotFound,
+    PayloadTooLarge,
+    PortExhausted,
+    PortTaken,
+    RequestTimeout,
+    Schemas,
+    SessionBusy,
+    SessionNotFound,
+    Superseded,
+    TooMany,
+    Unauthorized,
+    UnreadableLog,
+    UnsupportedMediaType,
+    UpgradeRequired,
+    ValidationError,
+    WorkspaceAlreadyExists,
+    WorkspaceNotFound,
+    WorkspaceNotRunning,
+    internal_error,
+    is_loopback,
+    parse_json,
+    same_secret,
+)
+from agentbackend_engine import (
+    BASE,
+    CODE_SERVER_PORT,
+    PREFIX,
+    SSH_PORT,
+    USER,
+    Engine,
+    Templates,
+    parse_time,
+    view_time,
+)
+from agentbackend_pages import (
+    EVENT_STREAM,
+    HTML_PAGE,
+    PLAIN_TEXT,
+    RETRY,
+    VERSION,
+    Pages,
+    openapi_document,
+)
 from agentbackend_wire import (
     GOING_AWAY,
     POLICY,
@@ -76,376 +109,17 @@ from agentbackend_wire import (
     STREAM_NAMES,
     Departure,
     Handler,
-    LogDamaged,
-    LogLines,
     LogPosition,
     Turn,
     WSGIServer,
     politely,
-    read_frames,
     read_up_to,
     text_frame,
 )
 
-VERSION = '1.0.0'
 HERE = Path(__file__).resolve().parent
 DATA = HERE if (HERE / 'schemas').is_dir() else HERE / 'agentbackend_data'
 log = logging.getLogger('agentbackend')
-
-
-# ---------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------
-
-class BackendError(Exception):
-    """A failure that a client is told: its text, its HTTP status and its code."""
-
-    status = 500
-    code = 'INTERNAL_ERROR'
-
-    def __init__(self, text, *, details=None, headers=()):
-        super().__init__(text)
-        self.details = details
-        self.headers = dict(headers)
-
-
-class ConfigError(Exception):
-    """A setting that makes no sense; the text begins with its name."""
-
-
-class ValidationError(BackendError): status, code = 400, 'VALIDATION_ERROR'
-class UnsupportedMediaType(ValidationError): status = 415
-class Unauthorized(BackendError): status, code = 401, 'UNAUTHORIZED'
-class Forbidden(BackendError): status, code = 403, 'FORBIDDEN'
-class NotFound(BackendError): status, code = 404, 'NOT_FOUND'
-class MethodNotAllowed(BackendError): status, code = 405, 'METHOD_NOT_ALLOWED'
-class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
-class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
-class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
-class SessionNotFound(BackendError): status, code = 404, 'SESSION_NOT_FOUND'
-class SessionBusy(BackendError): status, code = 409, 'SESSION_BUSY'
-class WorkspaceAlreadyExists(BackendError): status, code = 409, 'WORKSPACE_ALREADY_EXISTS'
-class WorkspaceNotRunning(BackendError): status, code = 409, 'WORKSPACE_NOT_RUNNING'
-class TooMany(BackendError): status, code = 429, 'TOO_MANY'
-class UpgradeRequired(BackendError): status, code = 426, 'VALIDATION_ERROR'
-class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
-class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
-class EngineUnavailable(DockerError): status = 503
-class MissingOnEngine(DockerError): pass
-class ConflictOnEngine(DockerError): pass
-class UnreadableTemplate(DockerError): pass
-class UnreadableLog(DockerError): pass
-
-
-class PortTaken(DockerError):
-    """The engine could not bind a published port; `port` is its number, or None if it did not say."""
-
-    def __init__(self, text, *, port=None):
-        super().__init__(text)
-        self.port = port
-
-
-class Superseded(Exception):
-    """A job found that its workspace has meanwhile been given another fate."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Config
-# ---------------------------------------------------------------------------------------------
-
-UNITS = {'': 1, 'b': 1, 'k': 2**10, 'm': 2**20, 'g': 2**30, 't': 2**40}
-
-
-def parse_port(text):
-    """Return the number of a port to listen on; 0 lets the system choose one."""
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError('a port is a number from 0 to 65535')
-    return number
-
-
-def parse_port_range(text):
-    """Return (first, last) of `8443-8550`; one port alone is a range too."""
-    first, dash, last = text.partition('-')
-    first, last = int(first), int(last if dash else first)
-    if not 1 <= first <= last <= 65535:
-        raise ValueError('a port range is FIRST-LAST with 1 <= FIRST <= LAST <= 65535')
-    return first, last
-
-
-def parse_size(text):
-    """Return the bytes of `4g`, `512m` or `1073741824`."""
-    match = re.fullmatch(r'(\d+)\s*([bkmgt]?)b?', text.strip().lower())
-    if not match or int(match[1]) == 0:  # to the engine, 0 is no limit at all
-        raise ValueError('a size is a positive number of bytes, or one with k, m, g or t behind it')
-    return int(match[1]) * UNITS[match[2]]
-
-
-def parse_seconds(text):
-    """Return a duration, which may have a fraction."""
-    seconds = float(text)
-    if not 0 < seconds < 1e9:
-        raise ValueError('a duration is a positive number of seconds')
-    return int(seconds) if seconds == int(seconds) else seconds
-
-
-def parse_count(text):
-    """Return a whole number of at least one."""
-    number = int(text)
-    if number < 1:
-        raise ValueError('it must be at least 1')
-    return number
-
-
-def parse_cpus(text):
-    """Return a number of cores, which may have a fraction; the engine takes no less than 0.01."""
-    cpus = float(text)
-    if not 0.01 <= cpus <= 1024:
-        raise ValueError('it is a number of cores, at least 0.01')
-    return cpus
-
-
-def parse_words(text):
-    """Return the words of a list with spaces or commas between them."""
-    return tuple(word for word in re.split(r'[\s,]+', text.strip()) if word)
-
-
-def parse_instance(text):
-    """Return the name of an instance, which begins the names of its containers and volumes."""
-    if not re.fullmatch(r'[a-z0-9][a-z0-9_.-]{0,31}', text):
-        raise ValueError("it has small letters, digits and '_.-', at most 32")
-    return text
-
-
-def parse_name(text):
-    """Return the name of a template."""
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.-]{0,62}', text):
-        raise ValueError("it has letters, digits and '_.-'")
-    return text
-
-
-def parse_path(text):
-    """Return an absolute path inside of containers, without a slash at its end."""
-    if not re.fullmatch(r'(/[A-Za-z0-9_.-]+)+/?', text) or '..' in text.split('/'):
-        raise ValueError('it must be an absolute path, not the root, of letters, digits and _.-')
-    return text.rstrip('/')
-
-
-def parse_address(text):
-    """Return an IP address; the engine binds ports to no names."""
-    return str(ipaddress.ip_address(text))
-
-
-def parse_log_level(text):
-    """Return a level as logging names it."""
-    if text.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
-        raise ValueError('it is one of debug, info, warning and error')
-    return text.upper()
-
-
-def parse_command(text):
-    """Return the words of a command line, split as a shell does."""
-    return tuple(shlex.split(text))
-
-
-SECRET_SETTINGS = ('api_token', 'anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token')
-
-
-def setting(default, parse, text):
-    """Return a field of Config with its default as text, the function that reads it, and its line of the README."""
-    return field(metadata={'default': default, 'parse': parse, 'help': text})
-
-
-@dataclass(frozen=True)
-class Config:
-    """The settings. Each is the environment variable of the same name in capitals."""
-
-    port: int = setting('3100', parse_port, 'Port of the server.')
-    host: str = setting('127.0.0.1', str, 'Address the server listens on. Any other than loopback needs `API_TOKEN`.')
-    docker_host: str = setting('', str, 'Docker engine, as `unix:///path`, a bare socket path, or `tcp://host:port`. '
-                               'Empty is the default socket.')
-    docker_tls_verify: str = setting('', str, 'As for the `docker` command: not empty makes a `tcp://` engine prove itself.')
-    docker_cert_path: str = setting('', str, 'As for the `docker` command: folder with `ca.pem`, `cert.pem` and `key.pem`.')
-    workspace_base_path: str = setting('/workspace', parse_path, 'Where a workspace has its volume; the project is `<this>/<name>`.')
-    log_level: str = setting('info', parse_log_level, '`debug`, `info`, `warning` or `error`.')
-    instance: str = setting('default', parse_instance, 'Name of this server on its engine. Servers with different names '
-                            "don't see each other's workspaces.")
-    api_token: str = setting('', str, 'When set, every call needs `Authorization: Bearer <token>`.')
-    allowed_hosts: tuple = setting('', parse_words, 'Host names, beside localhost, `HOST` and plain addresses of loopback, '
-                                   'under which the server may be called.')
-    allowed_origins: tuple = setting('', parse_words, 'Origins of web pages, beside those on localhost, that may call '
-                                     'the server, as `https://dev.example.org`.')
-    code_server_ports: tuple = setting('8443-8550', parse_port_range, 'Host ports for editors.')
-    ssh_ports: tuple = setting('2223-2250', parse_port_range, 'Host ports for SSH.')
-    custom_ports: tuple = setting('10000-10999', parse_port_range, 'Host ports for the `ports` of a workspace.')
-    workspace_bind_address: str = setting('127.0.0.1', parse_address, 'Host address that published ports are bound to.')
-    workspace_host: str = setting('', str, 'Host name under which published ports are reached, when it is not the bind address: '
-                                  'the engine is remote, or the server runs in a container itself.')
-    workspace_memory: int = setting('4g', parse_size, 'Memory limit of a workspace that names none.')
-    workspace_cpus: float = setting('2', parse_cpus, 'Cores of a workspace that names none, at most what the engine has.')
-    workspace_pids: int = setting('4096', parse_count, 'How many processes a workspace may have.')
-    agent_ttl: int = setting('86400', parse_seconds, 'Seconds without activity after which a workspace of type `agent` '
-                             'is deleted, if it names no `ttl`.')
-    default_agent: str = setting('claude', parse_name, 'Agent of a task that names none.')
-    agent_command: tuple = setting('', parse_command, 'Command line of the agent `command`: it reads the task from stdin, and prints events as JSON or plain text.')
-    agent_timeout: float = setting('1800', parse_seconds, 'Seconds a task may take at most.')
-    agent_idle_timeout: float = setting('300', parse_seconds, 'Seconds an agent may say nothing.')
-    agent_max_output: int = setting('64m', parse_size, 'How much an agent may print in a task.')
-    agent_max_tasks: int = setting('8', parse_count, 'How many tasks may run at once.')
-    anthropic_api_key: str = setting('', str, 'Key for Claude. It is given to an agent when it starts, and to nothing else in the workspace.')
-    anthropic_auth_token: str = setting('', str, 'Bearer token for Claude, in the place of a key.')
-    claude_code_oauth_token: str = setting('', str, 'Token of a Claude subscription, in the place of a key.')
-    anthropic_base_url: str = setting('', str, "Where Claude's API is, when it is a gateway; reached from inside the workspace.")
-    default_template: str = setting('bun-typescript', parse_name, 'Template of a workspace that names none.')
-    templates_dir: str = setting('', str, 'Folder with templates of your own; one named as a built-in takes its place.')
-    prebuild: tuple = setting('bun-typescript', parse_words, 'Templates whose images are built as soon as the engine answers. '
-                              '`none` builds each when it is first used.')
-    base_image: str = setting('debian:bookworm-slim', str, 'Debian image that `templates/base` begins with. It is taken from the '
-                              'engine, else pulled, else made with debootstrap.')
-    debian_mirror: str = setting('', str, "Mirror for debootstrap; empty is debootstrap's own default.")
-    extra_ca_certs: str = setting('', str, 'File of CA certificates that images trust beside their own. Empty takes the file that '
-                                  '`NODE_EXTRA_CA_CERTS` or `SSL_CERT_FILE` names.')
-    ssh_authorized_keys: str = setting('', str, 'File of public keys that may log in to every workspace.')
-    ready_timeout: float = setting('600', parse_seconds, 'Seconds a workspace may take, clone included, until it answers.')
-    stop_timeout: int = setting('10', parse_count, 'Seconds between SIGTERM and SIGKILL when a workspace stops.')
-    build_timeout: float = setting('3600', parse_seconds, 'Seconds the build of an image may take.')
-    max_body: int = setting('1m', parse_size, 'Largest body of a request.')
-    request_timeout: float = setting('10', parse_seconds, 'Seconds a client has for the headers of a request, and again for its body.')
-    max_streams: int = setting('4000', parse_count, 'How many SSE and WebSocket streams may be open.')
-    state_dir: str = setting('', str, "Folder of the state file. Empty is `agentbackend` in the user's state folder.")
-
-    @classmethod
-    def from_env(cls, environ):
-        """Read every setting from `environ`; raise ConfigError with the name of the first that makes no sense."""
-        values = {}
-        for item in dataclasses.fields(cls):
-            name = item.name.upper()
-            text = environ.get(name) or item.metadata['default']
-            try:
-                values[item.name] = item.metadata['parse'](text)
-            except ValueError as error:
-                raise ConfigError(f'{name}={text!r} makes no sense: {error}.') from error
-        return cls(**cls._derived(values, environ))._checked()
-
-    @staticmethod
-    def _derived(values, environ):
-        if not values['extra_ca_certs']:
-            values['extra_ca_certs'] = environ.get('NODE_EXTRA_CA_CERTS') or environ.get('SSL_CERT_FILE') or ''
-        if not values['state_dir']:
-            home = environ.get('XDG_STATE_HOME') or os.path.join(os.path.expanduser('~'), '.local', 'state')
-            values['state_dir'] = os.path.join(home, 'agentbackend')
-        if values['docker_host'].startswith('/'):
-            values['docker_host'] = 'unix://' + values['docker_host']
-        if values['prebuild'] == ('none',):
-            values['prebuild'] = ()
-        return values
-
-    def secrets(self):
-        """Return the values that no event, log line or file may show."""
-        return [getattr(self, name) for name in SECRET_SETTINGS if getattr(self, name)]
-
-    def agent_keys(self):
-        """Return the environment that only agents are given."""
-        names = ('anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token', 'anthropic_base_url')
-        return {name.upper(): getattr(self, name) for name in names if getattr(self, name)}
-
-    def _checked(self):
-        if not is_loopback(self.host) and not self.api_token:
-            raise ConfigError(f'HOST={self.host!r} is reached from other machines, and whoever reaches this server is root here: '
-                              'set API_TOKEN too, or leave HOST at 127.0.0.1.')
-        ranges = {name: getattr(self, name.lower()) for name in ('CODE_SERVER_PORTS', 'SSH_PORTS', 'CUSTOM_PORTS')}
-        for one, other in (('CODE_SERVER_PORTS', 'SSH_PORTS'), ('CODE_SERVER_PORTS', 'CUSTOM_PORTS'), ('SSH_PORTS', 'CUSTOM_PORTS')):
-            if ranges[one][0] <= ranges[other][1] and ranges[other][0] <= ranges[one][1]:
-                raise ConfigError(f'{one} and {other} overlap; give each a range of its own.')
-        for name in ('extra_ca_certs', 'ssh_authorized_keys'):
-            if getattr(self, name) and not (os.path.isfile(getattr(self, name)) and os.access(getattr(self, name), os.R_OK)):
-                raise ConfigError(f'{name.upper()}={getattr(self, name)!r} is no file that can be read.')
-        if self.templates_dir and not os.path.isdir(self.templates_dir):
-            raise ConfigError(f'TEMPLATES_DIR={self.templates_dir!r} is no folder.')
-        return self
-
-
-def is_loopback(host):
-    """Tell whether a host name or address can only mean this machine."""
-    if host.lower() == 'localhost':
-        return True
-    try:
-        return ipaddress.ip_address(host.strip('[]')).is_loopback
-    except ValueError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------
-# Schemas
-# ---------------------------------------------------------------------------------------------
-
-MAX_ERRORS = 10
-MAX_MESSAGE = 300  # characters: jsonschema quotes the whole instance
-
-
-class Schemas:
-    """The JSON Schema files of a folder, compiled once, by their names without the ending."""
-
-    def __init__(self, folder):
-        self.documents = {path.stem: json.loads(path.read_text()) for path in sorted(Path(folder).glob('*.json'))}
-        registry = referencing.Registry().with_resources(
-            (f'{name}.json', referencing.Resource.from_contents(document)) for name, document in self.documents.items())
-        self._validators = {name: jsonschema.Draft202012Validator({'$ref': f'{name}.json'}, registry=registry)
-                            for name in self.documents}
-
-    def check(self, name, value, *, where='body'):
-        """Raise ValidationError with every error of `value` as {path, message}, unless it fits schema `name`."""
-        try:
-            errors = sorted(self._validators[name].iter_errors(value), key=lambda error: list(map(str, error.absolute_path)))
-            details = [{'path': '.'.join(map(str, error.absolute_path)), 'message': self._sentence(error)}
-                       for error in errors[:MAX_ERRORS]]
-        except RecursionError as error:  # lists are compared, and quoted, part by part
-            raise ValidationError(f'Invalid {where}: it is nested too deeply') from error
-        if not details:
-            return
-        first = details[0]
-        text = f"{first['path']}: {first['message']}" if first['path'] else first['message']
-        raise ValidationError(f'Invalid {where}: {text}', details=details)
-
-    @staticmethod
-    def _sentence(error):
-        if error.validator == 'additionalProperties' and error.validator_value is False:
-            known = error.schema.get('properties', {})
-            unknown = [repr(key)[:80] for key in error.instance if key not in known]
-            return f"unknown field {', '.join(unknown[:3])}{' and others' if unknown[3:] else ''}; known are {', '.join(known) or 'none'}"
-        if error.validator in ('pattern', 'not', 'maxLength') and 'description' in error.schema:
-            value = repr(error.instance)
-            return f"{value if len(value) < 80 else value[:77] + '...'} does not fit: {error.schema['description']}"
-        return error.message if len(error.message) <= MAX_MESSAGE else error.message[:MAX_MESSAGE - 3] + '...'
-
-
-def parse_json(data):
-    """Return the value of JSON bytes; raise ValidationError for anything that is not strictly JSON."""
-    def refuse(word):
-        raise ValueError(f'{word} is no JSON value')
-
-    def number(text):
-        value = float(text)
-        return int(value) if value.is_integer() else value  # 80.0 is the integer 80 to JSON Schema, so let it be one to us
-    try:
-        value = json.loads(data.decode('utf-8'), parse_constant=refuse, parse_float=number)
-        if b'\\u' in data:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could never be sent again
-        return value
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(f'This is not valid JSON: {error}.') from error
-
-
-def internal_error(error):
-    """Log a traceback under a number, and return the error that tells a client that number and nothing else."""
-    number = secrets.token_hex(4)
-    log.error('Internal error %s', number, exc_info=error)
-    return BackendError(f'Internal error {number}; the log of the server has the traceback.')
-
-
-def same_secret(given, wanted):
-    """Compare in constant time, whatever the lengths."""
-    return hmac.compare_digest(hashlib.sha256(given.encode('utf-8', 'surrogateescape')).digest(), hashlib.sha256(wanted.encode()).digest())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1133,665 +807,6 @@ class Events:
         self._rings[topic].append(self.count, event)
         for reader in [reader for reader in self._readers.get(topic, ()) if reader not in told]:
             reader.put(event)
-
-
-# ---------------------------------------------------------------------------------------------
-# Engine
-# ---------------------------------------------------------------------------------------------
-
-PREFIX = 'agentbackend'  # of our labels and images
-CODE_SERVER_PORT, SSH_PORT = 8443, 2222  # inside every workspace
-USER = 'dev'
-# What sshd, sudo and apt need of root; the rest is dropped. No new privileges besides for agent workspaces.
-CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SYS_CHROOT', 'AUDIT_WRITE')
-# The engine's words for a port that is taken, of old and new versions, by a container or by another program.
-PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
-CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
-RUN_PATIENCE = 60  # seconds that a short command may take
-MAX_PRINTED = 2**16  # bytes that are taken of what it prints, or of a small file
-MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
-PULL_PATIENCE = 30  # seconds without a word from the registry: a machine without one may swallow packets
-GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
-
-
-@contextlib.contextmanager
-def translated(doing):
-    """Turn the exceptions of docker-py and below into ours, saying what was being done."""
-    try:
-        yield
-    except docker.errors.APIError as error:
-        text = (error.explanation or str(error)).strip()
-        if PORT_CONFLICT.search(text):
-            port = CONFLICTING_PORT.search(text)
-            raise PortTaken(f'{doing}: {text}', port=int(port[1]) if port else None) from error
-        kind = {404: MissingOnEngine, 409: ConflictOnEngine}.get(error.status_code, DockerError)
-        raise kind(f'{doing}: {text}') from error
-    except LogDamaged as error:
-        raise UnreadableLog(f'{doing}: the engine can not read on: {error}') from error
-    except (docker.errors.DockerException, *GONE_ERRORS) as error:
-        raise EngineUnavailable(f'{doing}: the Docker engine does not answer ({short_reason(error)}). '
-                                'Start it, or point DOCKER_HOST at one that runs.') from error
-
-
-def impatiently(items, patience, error):
-    """Yield what an iterator gives; raise `error` when the next item takes more than `patience` seconds."""
-    items, end = iter(items), object()
-    while True:
-        with gevent.Timeout(patience, error):
-            item = next(items, end)
-        if item is end:
-            return
-        yield item
-
-
-def short_reason(error):
-    """Return the innermost reason of a chain of connection errors: the outer ones only wrap it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error) or type(error).__name__
-
-
-@dataclass(frozen=True)
-class Container:
-    """What an inspect says of a workspace's container."""
-
-    id: str
-    name: str
-    labels: dict
-    state: str  # created, running, paused, restarting, removing, exited, dead
-    started_at: str
-    exit_code: int
-    out_of_memory: bool
-    tty: bool
-    started: bool
-    created_at: float
-    memory: int
-    cpus: float
-
-    @property
-    def up(self):
-        """Tell whether it has processes."""
-        return self.state in ('running', 'paused', 'restarting')
-
-
-class Engine:
-    """The Docker engine. Every method may raise DockerError, and EngineUnavailable when nothing answers."""
-
-    def __init__(self, *, host='', tls_verify='', cert_path='', instance='default'):
-        self._settings = {key: value for key, value in {
-            'DOCKER_HOST': host, 'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}.items() if value}
-        self.instance = instance
-        self._client = None
-        self._starts = gevent.lock.BoundedSemaphore(8)  # more at once only queue up inside the engine
-
-    @property
-    def api(self):
-        """The client, made when it is first needed: docker-py's constructor asks the engine for its version."""
-        if self._client is None:
-            # The pool is a keep limit, not a cap; below it urllib3 warns about every stream that ends.
-            self._client = docker.APIClient(version='auto', timeout=60, max_pool_size=100,
-                                            **docker.utils.kwargs_from_env(environment=self._settings))
-        return self._client
-
-    def close(self):
-        """Close the connections that are kept."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-
-    def info(self):
-        """Return {cpus, memory, time} of the engine; `time` is its own clock in seconds since the epoch."""
-        with translated('Ask the engine for its state'), gevent.Timeout(10, EngineUnavailable('The Docker engine does not answer within 10 s.')):
-            info = self.api.info()
-        return {'cpus': info.get('NCPU') or 1, 'memory': info.get('MemTotal') or 0, 'time': parse_time(info.get('SystemTime'))}
-
-    def ping(self):
-        """Raise EngineUnavailable unless the engine answers."""
-        with translated('Reach the engine'), gevent.Timeout(5, EngineUnavailable('The Docker engine does not answer within 5 s.')):
-            self.api.ping()
-
-    def is_leaving(self):
-        """Tell whether the engine takes no new connections: one that shuts down ends containers and still answers on the old ones."""
-        try:
-            self.api.close()  # those that are kept
-            self.ping()
-        except EngineUnavailable:
-            return True
-        return False
-
-    # Images
-
-    def has_image(self, tag):
-        """Tell whether an image is on the engine."""
-        with translated(f'Look for image {tag}'):
-            try:
-                self.api.inspect_image(tag)
-            except docker.errors.ImageNotFound:
-                return False
-        return True
-
-    def build(self, tag, context, *, buildargs, labels, on_line):
-        """Build an image from a tar file object; each line of output goes to `on_line`. Raise DockerError with the last ones."""
-        last = collections.deque(maxlen=12)
-        with translated(f'Build image {tag}'):
-            for item in self.api.build(fileobj=context, custom_context=True, tag=tag, buildargs=buildargs, labels=labels,
-                                       rm=True, forcerm=True, decode=True):
-                for line in (item.get('stream') or item.get('error') or '').splitlines():
-                    if line.strip():
-                        last.append(line)
-                        on_line(line)
-                if 'error' in item:
-                    raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last))
-            self.api.inspect_image(tag)
-
-    def pull(self, image, on_line):
-        """Pull an image; give up when the registry says nothing for half a minute."""
-        repository, tag = docker.utils.parse_repository_tag(image)
-        silent = DockerError(f'Pull image {image}: the registry says nothing.')
-        with translated(f'Pull image {image}'):
-            with gevent.Timeout(PULL_PATIENCE, silent):
-                progress = self.api.pull(repository, tag=tag or 'latest', stream=True, decode=True)
-            for item in impatiently(progress, PULL_PATIENCE, silent):
-                if 'error' in item:
-                    raise DockerError(f"Pull image {image}: {item['error']}")
-                if 'progress' not in item:
-                    on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
-
-    def import_image(self, tag, stream):
-        """Make an image of one layer from a tar stream."""
-        repository, name = docker.utils.parse_repository_tag(tag)
-        with translated(f'Import image {tag}'):
-            answer = self.api.import_image_from_stream(stream, repository=repository, tag=name)
-        if '"error"' in answer:
-            raise DockerError(f'Import image {tag}: {answer.strip()[-300:]}')
-
-    # Volumes and containers
-
-    def taken(self):
-        """Return (names, host ports) of every container on the engine, ours or not, running or not."""
-        with translated('List containers'):
-            found = self.api.containers(all=True)
-        names = {name.lstrip('/') for item in found for name in item.get('Names') or ()}
-        ports = {port['PublicPort'] for item in found for port in item.get('Ports') or () if 'PublicPort' in port}
-        for item in found:
-            # A stopped container publishes nothing, but its ports are wanted back when it starts.
-            with contextlib.suppress(ValueError, AttributeError):
-                ports.update(json.loads((item.get('Labels') or {}).get(f'{PREFIX}.ports', '{}')).values())
-        return names, ports
-
-    def volumes(self):
-        """Return {workspace id: labels} of this instance's volumes."""
-        with translated('List volumes'):
-            found = self.api.volumes(filters={'label': f'{PREFIX}.instance={self.instance}'})['Volumes'] or ()
-        return {item['Labels'][f'{PREFIX}.id']: item['Labels'] for item in found if f'{PREFIX}.id' in (item['Labels'] or {})}
-
-    def containers(self):
-        """Return {workspace id: Container} of this instance."""
-        with translated('List containers'):
-            found = self.api.containers(all=True, filters={'label': f'{PREFIX}.instance={self.instance}'})
-        inspected = [self.inspect(item['Id']) for item in found]  # api.containers tells neither exit code nor out-of-memory
-        return {item.labels[f'{PREFIX}.id']: item for item in inspected if item and f'{PREFIX}.id' in item.labels}
-
-    def find(self, workspace_id):
-        """Return the Container of a workspace, or None."""
-        with translated('List containers'):
-            found = self.api.containers(all=True, filters={'label': [f'{PREFIX}.id={workspace_id}',
-                                                                     f'{PREFIX}.instance={self.instance}']})
-        return self.inspect(found[0]['Id']) if found else None
-
-    def inspect(self, container_id):
-        """Return the Container with this id, or None."""
-        with translated('Inspect a container'):
-            try:
-                found = self.api.inspect_container(container_id)
-            except docker.errors.NotFound:
-                return None
-        state, limits = found['State'], found['HostConfig']
-        return Container(
-            id=found['Id'], name=found['Name'].lstrip('/'), labels=found['Config']['Labels'] or {}, state=state['Status'], started_at=state.get('StartedAt', ''),
-            exit_code=state.get('ExitCode', 0), out_of_memory=bool(state.get('OOMKilled')), tty=bool(found['Config'].get('Tty')),
-            started=not state.get('StartedAt', '0001').startswith('0001'), created_at=parse_time(found['Created']),
-            memory=limits.get('Memory') or 0, cpus=(limits.get('NanoCpus') or 0) / 1e9)
-
-    def create_volume(self, name, labels):
-        """Make a volume; one of that name may exist already."""
-        with translated(f'Create volume {name}'):
-            self.api.create_volume(name, labels=labels)
-
-    def create_container(self, name, image, *, env, labels, volume, mount, ports, bind_address, memory, cpus, pids, new_privileges):
-        """Create a container and return its id. `ports` is {container port: host port}. It restarts only after `keep_running`."""
-        with translated(f'Create container {name}'), self._starts:
-            host_config = self.api.create_host_config(
-                mounts=[docker.types.Mount(target=mount, source=volume, type='volume')],
-                port_bindings={f'{inside}/tcp': (bind_address, outside) for inside, outside in ports.items()},
-                init=True, mem_limit=memory, nano_cpus=int(cpus * 1e9), pids_limit=pids, cap_drop=['ALL'], cap_add=list(CAPABILITIES),
-                security_opt=[] if new_privileges else ['no-new-privileges'],
-                log_config=docker.types.LogConfig(type='json-file', config={'max-size': '16m', 'max-file': '3'}))
-            return self.api.create_container(image, name=name, hostname=name[:63], environment=env, labels=labels,
-                                             ports=[(inside, 'tcp') for inside in ports], host_config=host_config)['Id']
-
-    def put_files(self, container_id, files):
-        """Write {absolute path: (bytes, mode)} as root into a container, started or not."""
-        archive = make_tar({path.lstrip('/'): content for path, content in files.items()})
-        with translated('Write files into a container'):
-            self.api.put_archive(container_id, '/', archive.getvalue())
-
-    def get_file(self, container_id, path):
-        """Return the first 64 KB of a file in a container, started or not; None when there is none, or nothing in it."""
-        return next(self.read_file(container_id, path, limit=MAX_PRINTED), None)
-
-    def start(self, container_id):
-        """Start a container; one that runs is left alone. Raise PortTaken when a port of it is in use."""
-        with translated('Start a container'), self._starts:
-            self.api.start(container_id)
-
-    def keep_running(self, container_id):
-        """Let the engine start a container again after a crash or a reboot, unless it was stopped on purpose."""
-        with translated('Set the restart policy of a container'):
-            self.api.update_container(container_id, restart_policy={'Name': 'unless-stopped'})
-
-    def stop(self, container_id, timeout):
-        """Stop a container; one that is stopped or gone is left alone."""
-        with translated('Stop a container'), contextlib.suppress(docker.errors.NotFound):
-            self.api.stop(container_id, timeout=timeout)
-
-    def remove_container(self, container_id):
-        """Remove a container, running or not; one that is gone is fine."""
-        with translated('Remove a container'), contextlib.suppress(docker.errors.NotFound):
-            self._until_gone(self.api.remove_container, self.api.inspect_container, container_id, force=True, v=True)
-
-    def rename(self, container_id, name):
-        """Rename a container, which may have the name already; raise ConflictOnEngine when another has it."""
-        container = self.inspect(container_id)
-        if container is not None and container.name != name:
-            with translated(f'Rename a container to {name}'):
-                self.api.rename(container_id, name)
-
-    def remove(self, workspace_id):
-        """Remove every container and volume of a workspace, running or not; what is gone already is fine."""
-        filters = {'label': [f'{PREFIX}.id={workspace_id}', f'{PREFIX}.instance={self.instance}']}
-        with translated('Remove a workspace'):
-            for item in self.api.containers(all=True, filters=filters):
-                self._until_gone(self.api.remove_container, self.api.inspect_container, item['Id'], force=True, v=True)
-            for item in self.api.volumes(filters=filters)['Volumes'] or ():
-                self._until_gone(self.api.remove_volume, self.api.inspect_volume, item['Name'], force=True)
-
-    @staticmethod
-    def _until_gone(remove, inspect, name, **options):
-        """Remove and wait for it: the engine answers 409 while another call removes the same, or a container lets go of a volume."""
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                remove(name, **options)
-                inspect(name)
-            except docker.errors.NotFound:
-                return
-            except docker.errors.APIError as error:
-                if error.status_code != 409 or time.monotonic() > deadline:
-                    raise
-            gevent.sleep(0.1)
-
-    # What goes on in a container
-
-    def output(self, container_id, lines):
-        """Return the last lines that a container printed, as text."""
-        with translated('Read the output of a container'):
-            return self.api.logs(container_id, tail=lines).decode('utf-8', 'replace')
-
-    def log_lines(self, container, *, since=0, tail=None, follow=False):
-        """Yield lists of lines, (stream, stamp in nanoseconds, text), of a container's output.
-
-        From `since` (nanoseconds, inclusive) on, or the last `tail` lines; with `follow` until the container ends.
-        """
-        # docker-py's own logs() takes no nanoseconds, and decodes a TTY byte by byte.
-        params = {'stdout': 1, 'stderr': 1, 'timestamps': 1, 'follow': int(follow), 'tail': 'all' if tail is None else tail}
-        if since:
-            params['since'] = f'{since // 1_000_000_000}.{since % 1_000_000_000:09d}'
-        lines = LogLines(container.tty)
-        with translated('Read the log of a container'):
-            url = self.api._url('/containers/{0}/logs', container.id)
-            with contextlib.closing(self.api._get(url, params=params, stream=True, timeout=None)) as answer:
-                self.api._raise_for_status(answer)
-                for data in politely(answer.raw.stream(65536)):
-                    batch = lines.feed(data)
-                    if batch:
-                        yield batch
-        now = self.inspect(container.id) if follow else None
-        batch = [] if now and now.up else lines.end()  # while it runs, only the stream was cut off, maybe within a line
-        if batch:
-            yield batch
-
-    def run(self, container_id, command, *, user='', env=None):
-        """Run a short command in a container; return (exit code, the first 64 KB that it printed). Its environment shows nowhere, its arguments do."""
-        late, printed = DockerError(f'The command {command[0]} in the container did not end within {RUN_PATIENCE} s.'), bytearray()
-        with translated('Run a command in a container'), gevent.Timeout(RUN_PATIENCE, late):
-            running = self.api.exec_create(container_id, command, stderr=False, user=user, environment=env)
-            for _, data in self._output(running):
-                printed += data[:MAX_PRINTED - len(printed)]
-            return self.api.exec_inspect(running['Id'])['ExitCode'], bytes(printed)
-
-    def run_detached(self, container_id, command, *, user, env, workdir):
-        """Start a command in a container that needs nobody from then on."""
-        with translated('Start a command in a container'):
-            running = self.api.exec_create(container_id, command, stdout=False, stderr=False, user=user, environment=env, workdir=workdir)
-            self.api.exec_start(running['Id'], detach=True)
-
-    def follow(self, container_id, command, *, user):
-        """Run a command in a container and yield (stream, bytes) of what it prints. Its stdin ends when the reader goes, or is killed."""
-        with translated('Follow a command in a container'):
-            yield from self._output(self.api.exec_create(container_id, command, stdin=True, user=user))
-
-    def _output(self, running):
-        """Start a command that was created, and yield (stream, bytes) of what it prints."""
-        # docker-py's own exec_start() may lose what came in one packet with the answer's headers.
-        answer = self.api._post_json(self.api._url('/exec/{0}/start', running['Id']), data={'Tty': False, 'Detach': False},
-                                     headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True, timeout=None)  # it may be silent for long
-        with contextlib.closing(answer):
-            self.api._raise_for_status(answer)
-            yield from read_frames(answer.raw._fp.fp)
-
-    def read_file(self, container_id, path, *, limit=None):
-        """Yield the bytes of a file in a container, started or not, piece by piece, at most `limit`; nothing when there is none."""
-        with tempfile.SpooledTemporaryFile(MAX_IN_MEMORY) as copied:
-            # The engine locks the container as long as it is read from, even against an inspect, so nobody may read slowly.
-            for data in politely(self._pieces(container_id, path)):
-                copied.write(data)
-                if limit is not None and copied.tell() >= limit:
-                    break
-            copied.seek(0)
-            yield from iter(lambda: copied.read(65536), b'')
-
-    def _pieces(self, container_id, path):
-        with translated(f'Read {path} of a container'), contextlib.suppress(docker.errors.NotFound):
-            # docker-py's own get_archive() can not be closed before its end.
-            url = self.api._url('/containers/{0}/archive', container_id)
-            with contextlib.closing(self.api._get(url, params={'path': path}, headers={'Accept-Encoding': 'identity'}, stream=True)) as answer:
-                self.api._raise_for_status(answer)
-                with tarfile.open(fileobj=answer.raw, mode='r|') as archive:
-                    member = archive.next()
-                    if member is not None and member.isfile():
-                        content = archive.extractfile(member)
-                        yield from iter(lambda: content.read(65536), b'')
-
-    def usage(self, container_id):
-        """Yield {cpuPercent, memoryUsage, memoryLimit} once a second until the container ends; CPU in percent of one core."""
-        with translated('Measure a container'):
-            for sample in self.api.stats(container_id, decode=True, stream=True):
-                usage = measure(sample)
-                if usage:
-                    yield usage
-
-    def own_env(self, container):
-        """Return the environment that a container was given, beside that of its image."""
-        with translated('Inspect a container'):
-            found, inherited = self.api.inspect_container(container.id), set()
-            with contextlib.suppress(docker.errors.ImageNotFound):  # an image can be removed while a stopped container needs it
-                inherited.update(self.api.inspect_image(found['Image'])['Config'].get('Env') or ())
-        return dict(item.partition('=')[::2] for item in found['Config'].get('Env') or () if item not in inherited)
-
-    def changes(self, since):
-        """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's clock)."""
-        with translated('Follow the events of the engine'):
-            stream = self.api.events(since=int(since), decode=True,
-                                     filters={'type': 'container', 'label': f'{PREFIX}.instance={self.instance}'})
-            with contextlib.closing(stream):
-                for item in stream:
-                    if item.get('Action', '').split(':')[0] in ('start', 'die', 'oom', 'destroy', 'pause', 'unpause', 'rename'):
-                        yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
-
-
-def measure(sample):
-    """Return a stats record of the engine as {cpuPercent, memoryUsage, memoryLimit}, or None for its first, which has no past.
-
-    Memory is counted as `docker stats` does, without the page cache that the kernel can take back at once.
-    """
-    cpu, before = sample.get('cpu_stats') or {}, sample.get('precpu_stats') or {}
-    memory = sample.get('memory_stats') or {}
-    if 'system_cpu_usage' not in cpu or 'system_cpu_usage' not in before or 'usage' not in memory:
-        return None
-    used = cpu['cpu_usage']['total_usage'] - before['cpu_usage']['total_usage']
-    passed = cpu['system_cpu_usage'] - before['system_cpu_usage']
-    cores = cpu.get('online_cpus') or len(cpu['cpu_usage'].get('percpu_usage') or ()) or 1
-    details = memory.get('stats') or {}
-    cache = details.get('inactive_file', details.get('total_inactive_file', 0))
-    return {'cpuPercent': round(max(0.0, used / passed * cores * 100), 2) if passed > 0 else 0.0,
-            'memoryUsage': max(0, memory['usage'] - cache), 'memoryLimit': memory.get('limit', 0)}
-
-
-def parse_time(text):
-    """Return the seconds since the epoch of the engine's RFC 3339 times, whose nanoseconds Python can't read."""
-    match = re.match(r'(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?', text or '')
-    if not match:
-        return time.time()
-    return datetime.fromisoformat(match[1] + (match[3] or 'Z').replace('Z', '+00:00')).timestamp() + float(match[2] or 0)
-
-
-def view_time(seconds):
-    """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
-
-
-def make_tar(files):
-    """Return a tar file object of {relative path: (bytes, mode)}, the same bytes for the same files."""
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode='w') as archive:
-        for path, (content, mode) in sorted(files.items()):
-            entry = tarfile.TarInfo(path)
-            entry.size, entry.mode = len(content), mode
-            archive.addfile(entry, io.BytesIO(content))
-    target.seek(0)
-    return target
-
-
-# ---------------------------------------------------------------------------------------------
-# Templates
-# ---------------------------------------------------------------------------------------------
-
-BASE = 'base'
-TEMPLATE_NAME = re.compile(r'[A-Za-z0-9]+((\.|__?|-+)[A-Za-z0-9]+)*')  # what the engine takes in the name of an image
-OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'
-DEBIAN_RELEASE = 'bookworm'
-DEBOOTSTRAP_PATIENCE = 120  # seconds without a word: a mirror that is not reached may swallow packets
-
-
-class Build:
-    """An image that is being made, and who listens to its output."""
-
-    def __init__(self, greenlet):
-        self.greenlet = greenlet
-        self.listeners = []
-        self.started_at = time.time()
-
-    def say(self, line):
-        """Hand a line of output to all who listen."""
-        for listener in list(self.listeners):
-            listener(line)
-
-
-class Templates:
-    """Folders with a Dockerfile. An image's tag holds a hash of what it is made of, so an edit rebuilds and nothing else does."""
-
-    def __init__(self, engine, folders, *, base_image, debian_mirror, ca_certs, timeout):
-        self._engine = engine
-        self._folders = [Path(folder) for folder in folders]  # later ones win
-        self._base_image = base_image
-        self._debian_mirror = debian_mirror
-        self._ca_certs = ca_certs
-        self._timeout = timeout
-        self._builds = {}
-        self._errors = {}
-        self._ready = {}  # name -> the tag that was last seen on the engine
-
-    def names(self):
-        """Return the names that a workspace can ask for."""
-        found = {path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')}
-        return sorted(name for name in found - {BASE} if TEMPLATE_NAME.fullmatch(name))
-
-    def describe(self, name):
-        """Return the first sentence of the comment at the head of a template's Dockerfile."""
-        first = (self._folder(name) / 'Dockerfile').read_text(errors='replace').partition('\n')[0]
-        return first.lstrip('# ').partition('. ')[0].rstrip('.') + '.' if first.startswith('#') else ''
-
-    def state(self, name):
-        """Return {image, state, error, buildingSince}: state is ready, building, failed or missing, as last seen."""
-        try:
-            tag = self.tag(name)
-        except UnreadableTemplate as error:
-            return {'image': f'{PREFIX}/{name.lower()}', 'state': 'failed', 'error': str(error), 'building_since': None}
-        build = self._builds.get(name)
-        state = 'building' if build else 'failed' if name in self._errors else 'ready' if self._ready.get(name) == tag else 'missing'
-        return {'image': tag, 'state': state, 'error': self._errors.get(name), 'building_since': build.started_at if build else None}
-
-    def tag(self, name):
-        """Return the name of the image that a template's folder, as it is now, makes."""
-        content = hashlib.sha256()
-        for path, (data, _) in sorted(self._context(name).items()):
-            content.update(f'{path}\0{len(data)}\0'.encode() + data)
-        content.update((self.tag(BASE) if name != BASE and self._stands_on_base(name) else self._base_image).encode())
-        return f'{PREFIX}/{name.lower()}:{content.hexdigest()[:12]}'
-
-    def look(self):
-        """See which images the engine has."""
-        for name in [BASE, *self.names()]:
-            with contextlib.suppress(UnreadableTemplate):  # its state says so
-                tag = self.tag(name)
-                if self._engine.has_image(tag):
-                    self._ready[name] = tag
-                else:
-                    self._ready.pop(name, None)
-
-    def image(self, name, on_line, given_up):
-        """Return the tag of a template's image, built if need be. Everybody who asks meanwhile shares one build.
-
-        `on_line` gets its output; when the event `given_up` is set, the caller leaves with Superseded and the build goes on.
-        """
-        build = self._builds.get(name)
-        if build is None:
-            tag = self.tag(name)
-            if self._engine.has_image(tag):
-                self._ready[name] = tag
-                self._errors.pop(name, None)
-                return tag
-            build = self._builds.get(name) or self._start(name, tag)
-        build.listeners.append(on_line)
-        try:
-            gevent.wait([build.greenlet, given_up], count=1)
-        finally:
-            build.listeners.remove(on_line)
-        if not build.greenlet.ready():
-            raise Superseded(name)
-        return build.greenlet.get()
-
-    def stop(self):
-        """End the builds that go on."""
-        gevent.killall([build.greenlet for build in self._builds.values()], block=True, timeout=5)
-
-    def _start(self, name, tag):
-        build = self._builds[name] = Build(None)
-        build.greenlet = gevent.Greenlet(self._make, name, tag, build)
-        build.greenlet.start()
-        return build
-
-    def _make(self, name, tag, build):
-        try:
-            build.say(f'Building image {tag} of template {name}.')
-            log.info('Building image %s of template %s; this can take some minutes.', tag, name)
-            with gevent.Timeout(self._timeout, DockerError(f'The build of image {tag} took more than BUILD_TIMEOUT={self._timeout} s.')):
-                if name == BASE:
-                    below = self._debian(build.say)
-                else:
-                    below = self.image(BASE, build.say, gevent.event.Event()) if self._stands_on_base(name) else ''
-                self._engine.build(tag, make_tar(self._context(name)), buildargs={'BASE_IMAGE': below} if below else {},
-                                   labels={f'{PREFIX}.template': name}, on_line=lambda line: self._said(build, name, line))
-            self._errors.pop(name, None)
-            self._ready[name] = tag
-            log.info('Image %s is ready after %.0f s.', tag, time.time() - build.started_at)
-            return tag
-        except BackendError as error:
-            self._errors[name] = str(error)
-            log.error('No image for template %s: %s', name, error)
-            raise
-        finally:
-            del self._builds[name]
-
-    @staticmethod
-    def _said(build, name, line):
-        log.log(logging.INFO if line.startswith('Step ') else logging.DEBUG, 'build %s: %s', name, line)
-        build.say(line)
-
-    def _folder(self, name):
-        for folder in reversed(self._folders):
-            if TEMPLATE_NAME.fullmatch(name) and (folder / name / 'Dockerfile').is_file():
-                return folder / name
-        raise ValidationError(f"template: there is no template {name!r}; known are {', '.join(self.names())}",
-                              details=[{'path': 'template', 'message': f'unknown template {name!r}'}])
-
-    def _context(self, name):
-        folder = self._folder(name)
-        files = {}
-        for path in sorted(folder.rglob('*')):
-            if path.is_file() and not {'.git', '__pycache__'} & set(path.relative_to(folder).parts):
-                try:
-                    files[str(path.relative_to(folder))] = (path.read_bytes(), 0o755)
-                except FileNotFoundError:  # an editor's temporary file, say
-                    continue
-                except OSError as error:
-                    raise UnreadableTemplate(f'The file {path} of template {name} can not be read: {error.strerror}.') from error
-        if name == BASE:
-            files['extra-ca-certs.crt'] = (Path(self._ca_certs).read_bytes() if self._ca_certs else b'', 0o644)
-        return files
-
-    def _stands_on_base(self, name):
-        return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text(errors='replace')
-
-    def _debian(self, on_line):
-        """Return the name of a Debian image: the one that was asked for, else one of our own making."""
-        for image in (self._base_image, OWN_BASE_IMAGE):
-            if self._engine.has_image(image):
-                return image
-        try:
-            on_line(f'Pulling {self._base_image}.')
-            self._engine.pull(self._base_image, on_line)
-            return self._base_image
-        except EngineUnavailable:
-            raise
-        except DockerError as error:
-            log.info('%s; making a Debian image with debootstrap instead.', str(error).splitlines()[0][:200])
-            on_line(f'{error}; making a Debian image with debootstrap instead.')
-            self._debootstrap(error, on_line)
-            return OWN_BASE_IMAGE
-
-    def _debootstrap(self, reason, on_line):
-        if os.geteuid() != 0 or not any(os.access(os.path.join(folder, 'debootstrap'), os.X_OK) for folder in ('/usr/sbin', '/usr/bin')):
-            raise DockerError(f'No base image: {self._base_image} is not on the engine and could not be pulled ({reason}), and debootstrap, '
-                              f'which would make one, needs root and the package of that name. Do one of: docker pull {self._base_image}; '
-                              'apt-get install debootstrap and run as root; BASE_IMAGE=<a Debian image that the engine has>.')
-        with tempfile.TemporaryDirectory(prefix='agentbackend-debian-') as folder:
-            root = os.path.join(folder, 'root')
-            # Its own tools are in sbin, which the PATH of a user or a service may lack.
-            command = ['env', 'PATH=/usr/sbin:/usr/bin:/sbin:/bin', 'debootstrap', '--variant=minbase', DEBIAN_RELEASE, root,
-                       *filter(None, [self._debian_mirror])]
-            self._run(command, on_line)
-            with subprocess.Popen(['tar', '-C', root, '-c', '.'], stdout=subprocess.PIPE) as packing:
-                self._engine.import_image(OWN_BASE_IMAGE, packing.stdout)
-
-    @staticmethod
-    def _run(command, on_line):
-        last = ''
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, errors='replace', start_new_session=True) as running:
-            try:
-                silent = DockerError(f"{' '.join(command)} said nothing for {DEBOOTSTRAP_PATIENCE} s; is its mirror reached?")
-                for line in impatiently(running.stdout, DEBOOTSTRAP_PATIENCE, silent):
-                    last = line.strip() or last
-                    on_line(line.rstrip())
-            except BaseException:
-                os.killpg(running.pid, signal.SIGKILL)
-                raise
-        if running.returncode:
-            raise DockerError(f"{' '.join(command)} failed with {running.returncode}: {last}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3117,7 +2132,6 @@ def view_error(error):
 # ---------------------------------------------------------------------------------------------
 
 HEARTBEAT = 15  # seconds
-RETRY = 2000  # milliseconds after which a browser's EventSource comes back
 PING_PAUSE = 20  # seconds without a word from a WebSocket client until it is asked for a sign of life
 DEFAULT_TAIL = 100  # lines
 MAX_SUBSCRIPTIONS = 100  # of one WebSocket
@@ -3947,7 +2961,6 @@ def show_workspace(backend, workspace):
     return Reply(view_workspace_details(workspace, backend.workspaces.usage(workspace.id), backend.config))
 
 
-EVENT_STREAM, PLAIN_TEXT, HTML_PAGE = 'text/event-stream', 'text/plain', 'text/html'
 ENGINE_TROUBLE = (DockerError, EngineUnavailable)
 CHANGE = {'tag': 'Workspaces', 'answers': {202: 'workspace'}, 'errors': (WorkspaceNotFound, WorkspaceNotRunning, *ENGINE_TROUBLE)}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
@@ -4072,210 +3085,6 @@ def read_body(schemas, name, environ):
     value = parse_json(environ['wsgi.input'].read())
     schemas.check(name, value)
     return value
-
-
-# ---------------------------------------------------------------------------------------------
-# OpenAPI
-# ---------------------------------------------------------------------------------------------
-
-EVERYWHERE = (ValidationError, Forbidden, BackendError)  # errors that each route has
-WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
-HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
-JSON_TYPE = 'application/json'
-
-
-def openapi_document(routes, schemas, frame):
-    """Return the OpenAPI document of a table of routes; `frame` is what does not come from them."""
-    document = copy.deepcopy(frame)
-    document['info']['version'] = VERSION
-    named = {name: schema for name, schema in schemas.documents.items() if not name.endswith('-query')}
-    titles = {name: schema['title'] for name, schema in named.items()}
-    document['components']['schemas'] = {titles[name]: component(schema, titles) for name, schema in named.items()}
-    document['components']['schemas']['Error']['properties']['code']['examples'] = sorted({error.code for error in every_error()})
-    document['components']['examples'] = {example['code']: {'value': example} for example in schemas.documents['error']['examples']}
-    document['paths'] = {}
-    for route in routes:
-        path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
-        document['paths'].setdefault(path, {})[route.method.lower()] = operation(route, schemas, titles, frame['components']['parameters'])
-    return document
-
-
-def every_error(above=BackendError):
-    """Yield the classes of all errors that a client may be told."""
-    yield above
-    for error in above.__subclasses__():
-        yield from every_error(error)
-
-
-def component(schema, titles):
-    """Return a schema file as a component: it names the others as the document does."""
-    own = titles[next(name for name, title in titles.items() if title == schema['title'])]
-
-    def renamed(node):
-        if isinstance(node, list):
-            return [renamed(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        node = {key: renamed(value) for key, value in node.items() if key != '$schema'}
-        if isinstance(node.get('$ref'), str):
-            file, _, pointer = node['$ref'].partition('#')
-            node['$ref'] = f"#/components/schemas/{titles[file.removesuffix('.json')] if file else own}{pointer}"
-        return node
-    return renamed(schema)
-
-
-def operation(route, schemas, titles, known):
-    """Return what the document says of one route."""
-    words = ' '.join(route.handler.__doc__.split())
-    summary = re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
-    name = re.sub('_([a-z])', lambda match: match[1].upper(), route.handler.__name__)
-    shown = {'operationId': name, 'summary': summary, 'description': words, 'tags': [route.tag] if route.tag else []}
-    shown |= {'security': []} if route.open else {}
-    parameters = list(parameters_of(route, schemas, known))
-    shown |= {'parameters': parameters} if parameters else {}
-    if route.body:
-        shown['requestBody'] = {'required': True, 'content': {JSON_TYPE: {'schema': schema_ref(titles[route.body])}}}
-    if 101 in route.answers:
-        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']), 'receive': schema_ref(titles['event'])}
-    shown['responses'] = {str(status): answer(route, status, schemas, titles) for status in route.answers} | failures(route)
-    return shown
-
-
-def schema_ref(title):
-    """Return a reference to a schema of the document."""
-    return {'$ref': f'#/components/schemas/{title}'}
-
-
-def parameters_of(route, schemas, known):
-    """Yield the parameters of a route: of its path, its query, and for a stream what an EventSource sends."""
-    parts = route.path.split('/')
-    for before, part in zip(parts, parts[1:], strict=False):
-        if part.startswith('<'):
-            key = next(key for key in (before, part.strip('<>').partition(':')[0]) if key in known)
-            yield {'$ref': f'#/components/parameters/{key}'}
-    document = schemas.documents[route.query]
-    for name, schema in document['properties'].items():
-        words = {key: value for key, value in schema.items() if key != 'description'}
-        yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()), 'description': schema.get('description', ''), 'schema': words}
-    if route.method == 'GET' and EVENT_STREAM in route.answers.values():
-        yield {'$ref': '#/components/parameters/Last-Event-ID'}
-        yield {'$ref': '#/components/parameters/ticket'}
-
-
-def answer(route, status, schemas, titles):
-    """Return what the document says of one way in which a route succeeds."""
-    wanted = route.answers[status]
-    shown = {'description': bottle.HTTP_CODES.get(status, 'Success')}
-    if route.headers:
-        shown['headers'] = {name: {'$ref': f'#/components/headers/{name}'} for name in route.headers}
-    if wanted == EVENT_STREAM:
-        lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n" for example in schemas.documents['event']['examples'])
-        text = {'type': 'string', 'description': 'The data of each event is an Event as JSON. Lines that begin with a colon are signs of life.',
-                'contentMediaType': JSON_TYPE, 'contentSchema': schema_ref(titles['event'])}
-        shown['content'] = {EVENT_STREAM: {'schema': text, 'example': f': events\nretry: {RETRY}\n\n{lines}'}}
-    elif wanted and '/' in wanted:
-        shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'}}}
-    elif wanted:
-        data = schema_ref(titles[wanted])
-        envelope = {'type': 'object', 'required': ['success', 'data'], 'properties': {'success': {'const': True}, 'data': data}}
-        shown['content'] = {JSON_TYPE: {'schema': data if route.bare else envelope} | example_of(wanted, schemas, bare=route.bare)}
-    return shown
-
-
-def example_of(name, schemas, *, bare):
-    """Return the example of an answer as a media type has it: that of its schema, in the envelope unless it is bare."""
-    schema = schemas.documents[name]
-    if schema.get('type') == 'array':
-        examples = [schemas.documents[schema['items']['$ref'].removesuffix('.json')]['examples']]
-    else:
-        examples = schema.get('examples', [])
-    return {'example': examples[0] if bare else {'success': True, 'data': examples[0]}} if examples else {}
-
-
-def failures(route):
-    """Return what the document says of the ways in which a route fails, by their status."""
-    errors = {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)), *(WITH_A_BODY if route.body else ())}
-    shown = {}
-    for status in sorted({error.status for error in errors}):
-        codes = sorted({error.code for error in errors if error.status == status})
-        shown[str(status)] = {'description': ' or '.join(codes), 'content': {JSON_TYPE: {
-            'schema': schema_ref('Error'), 'examples': {code: {'$ref': f'#/components/examples/{code}'} for code in codes}}}}
-        if status in HEADERS_OF_ERRORS:
-            name = HEADERS_OF_ERRORS[status]
-            shown[str(status)]['headers'] = {name: {'$ref': f'#/components/headers/{name}'}}
-    return shown
-
-
-# ---------------------------------------------------------------------------------------------
-# Pages
-# ---------------------------------------------------------------------------------------------
-
-MEDIA_TYPES = {'.html': 'text/html; charset=utf-8', '.js': 'text/javascript; charset=utf-8', '.css': 'text/css; charset=utf-8',
-               '.svg': 'image/svg+xml', '.json': JSON_TYPE}
-SAFE_HEADERS = {
-    'Cache-Control': 'no-cache', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
-    'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-}
-# Scalar writes its styles into the page, and compiles templates of its own making.
-REFERENCE_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
-    'img-src', 'font-src data:; img-src')
-SCALAR = 'flask_openapi3_scalar'  # a package from PyPI, of which only the script is used
-
-
-class Page:
-    """A file that a browser is sent, or a text that was made in its place; read when it is asked for."""
-
-    def __init__(self, name, path=None, text=None, **headers):
-        self._path = path
-        self._text = text
-        self.headers = {'Content-Type': MEDIA_TYPES.get(Path(name).suffix, 'application/octet-stream'), **SAFE_HEADERS, **headers, 'ETag': self.etag}
-
-    @property
-    def etag(self):
-        """What tells this version from another."""
-        if self._path is None:
-            return f'"{hashlib.sha256(self._text.encode()).hexdigest()[:20]}"'
-        found = self._path.stat()
-        return f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
-
-    def read(self):
-        """Return its bytes."""
-        return self._text.encode() if self._path is None else self._path.read_bytes()
-
-
-class Pages:
-    """What people see in a browser: the dashboard, the reference of the API, and what these load. None of it needs the internet."""
-
-    def __init__(self, folder, document):
-        self._folder = folder
-        self._text = json.dumps(document, ensure_ascii=False, indent=1)
-        self._document = document
-
-    def find(self, name):
-        """Return a page by its name; raise NotFound."""
-        if name == 'openapi.json':
-            return Page(name, text=self._text)
-        if name == 'openapi.html':
-            return self._reference()
-        path = self._scalar() if name == 'scalar.js' else self._folder / name
-        if path is None or len(name) > 100 or path.name.startswith(('.', 'openapi-')) or not path.is_file():
-            raise NotFound(f'There is no file {name[:100]!r} here.')
-        return Page(name, path)
-
-    def _reference(self):
-        if self._scalar() is not None:
-            return Page('openapi.html', self._folder / 'openapi-scalar.html', **{'Content-Security-Policy': REFERENCE_POLICY})
-        rows = ''.join(f'<tr><td>{html.escape(method.upper())}</td><td>{html.escape(path)}</td><td>{html.escape(told["summary"])}</td></tr>\n'
-                       for path, operations in self._document['paths'].items() for method, told in operations.items())
-        return Page('openapi.html', text=(self._folder / 'openapi-plain.html').read_text().replace('<!-- routes -->', rows))
-
-    @staticmethod
-    def _scalar():
-        """Return where Scalar's script is, or None; the package itself is not imported, since it would want Flask."""
-        spec = importlib.util.find_spec(SCALAR)
-        path = Path(spec.origin).parent / 'templates' / 'scalar' / 'js' / 'scalar.standalone.js' if spec and spec.origin else None
-        return path if path is not None and path.is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------

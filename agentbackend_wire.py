@@ -1,7 +1,8 @@
 """What goes over the wire, and knows nothing of workspaces.
 
-Connections  pywsgi with the time limits that it lacks
+Turns        how a greenlet that is never without work lets others work too
 WebSockets   gevent-websocket with real close codes, limits and one lock for all who send
+Connections  pywsgi with the time limits that it lacks
 Log lines    the format in which the engine sends the output of a container
 """
 import base64
@@ -22,18 +23,10 @@ from geventwebsocket.handler import WebSocketHandler
 from geventwebsocket.websocket import Header, Stream, WebSocket
 
 # ---------------------------------------------------------------------------------------------
-# Connections
+# Turns
 # ---------------------------------------------------------------------------------------------
 
-IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
-DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
-DISCARD_PATIENCE = 2  # seconds that this may take
-READ_BUFFER = 2048  # bytes of each connection, in the place of 8 KB
 TURN = 0.005  # seconds of work before others are let on
-# A peer that vanished without a word is found within about 15 s, whether we send to it or not.
-KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
-             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-             (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000))
 
 
 class Turn:
@@ -57,6 +50,172 @@ def politely(items):
     for item in items:
         yield item
         turn.pass_on()
+
+
+# ---------------------------------------------------------------------------------------------
+# WebSockets
+# ---------------------------------------------------------------------------------------------
+
+SEND_PATIENCE = 10  # seconds a peer may take to accept a piece of what is sent
+PIECE = 65536  # bytes
+CLOSE_PATIENCE = 2  # seconds we wait for the other side's close frame
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, BAD_DATA, POLICY, TOO_BIG = 1000, 1001, 1002, 1007, 1008, 1009
+
+
+class MessageTooBig(Exception):
+    """A message is larger than the server takes."""
+
+
+def text_frame(data):
+    """Return UTF-8 bytes as one WebSocket text frame, as a server sends it; the same for every client."""
+    size = len(data)
+    if size < 126:
+        return b'\x81' + bytes((size,)) + data
+    if size < 65536:
+        return b'\x81\x7e' + struct.pack('!H', size) + data
+    return b'\x81\x7f' + struct.pack('!Q', size) + data
+
+
+def unmask(data, mask):
+    """Return the payload of a masked frame: one XOR of two large numbers, 15 times as fast as byte after byte."""
+    size = len(data)
+    repeated = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, 'big') ^ int.from_bytes(repeated, 'big')).to_bytes(size, 'big')
+
+
+class Socket(WebSocket):
+    """A WebSocket. Reading belongs to one greenlet; any may send."""
+
+    def __init__(self, environ, stream, handler):
+        super().__init__(environ, stream, handler)
+        self._lock = gevent.lock.RLock()  # two greenlets in one sendall end with ConcurrentObjectUseError
+        self._connection = handler.socket
+        self._max_message = handler.max_message
+        self._left = self._max_message
+        self._turn, self.last_heard = Turn(), time.monotonic()
+        self.close_code = None  # what the other side or we gave as the reason of the end
+
+    def read_message(self):
+        """Read one message of at most max_message bytes, fragments included."""
+        self._left = self._max_message
+        return super().read_message()
+
+    def read_frame(self):
+        """Read one frame, refusing an unmasked or an oversized one before its payload is read."""
+        self._turn.pass_on()
+        header = Header.decode_header(self.stream)
+        self.last_heard = time.monotonic()
+        if header.flags:
+            raise ProtocolError('reserved bits are set')
+        if not header.mask:
+            raise ProtocolError('a frame of a client must be masked')
+        if header.opcode < 8:
+            self._left -= header.length
+            if self._left < 0:
+                raise MessageTooBig
+        payload = self.raw_read(header.length) if header.length else b''
+        if len(payload) != header.length:
+            raise WebSocketError('the connection ended within a frame')
+        return header, unmask(payload, header.mask)
+
+    def validate_utf8(self, payload):
+        """Leave it to the decoding of the whole message: the library looks at each byte in Python, twice."""
+
+    def _decode_bytes(self, bytestring):
+        return bytestring.decode('utf-8')
+
+    def receive(self):
+        """Return the next message, or None when the connection has ended, for whatever reason."""
+        try:
+            return self.read_message()
+        except UnicodeError:
+            self.close(BAD_DATA, 'the text is not UTF-8')
+        except ProtocolError as error:
+            self.close(PROTOCOL_ERROR, str(error)[:100])
+        except MessageTooBig:
+            self.close(TOO_BIG, f'a message has at most {self._max_message} bytes')
+        except (WebSocketError, OSError, AttributeError):  # AttributeError: another greenlet has closed it meanwhile
+            self.abort()
+        return None
+
+    def send_frame(self, message, opcode):
+        """Send one frame of bytes or text; raise WebSocketError when the peer is gone or does not take it in time."""
+        data = message.encode() if isinstance(message, str) else bytes(message or b'')
+        self.send_encoded(Header.encode_header(True, opcode, b'', len(data), 0) + data)
+
+    def send_encoded(self, frames):
+        """Send whole frames, any number of them, in one write."""
+        with self._lock:
+            if self.closed:
+                raise WebSocketError('the connection is closed')
+            try:
+                for start in range(0, len(frames), PIECE):
+                    with gevent.Timeout(SEND_PATIENCE, TimeoutError('the peer does not read')):
+                        self.raw_write(frames[start:start + PIECE])
+            except OSError as error:
+                # Part of a frame may be on its way; nothing sensible can follow it.
+                self.abort()
+                raise WebSocketError(str(error)) from error
+
+    def ping(self):
+        """Ask the other side for a sign of life."""
+        self.send_frame(b'', self.OPCODE_PING)
+
+    def handle_close(self, header, payload):
+        """Check the code and reason of a close frame, and answer with the same."""
+        if len(payload) == 1:
+            raise ProtocolError('a close frame has no payload, or a code of two bytes')
+        if not payload:
+            self.close_code = 1005
+            self._goodbye(b'')
+            return
+        code, reason = struct.unpack('!H', payload[:2])[0], payload[2:].decode('utf-8')
+        if not self._is_valid_close_code(code) or code > 4999:
+            raise ProtocolError(f'invalid close code {code}')
+        self.close_code = code
+        self._goodbye(struct.pack('!H', code) + reason.encode())
+
+    def close(self, code=NORMAL, message=''):
+        """Send a close frame with its code, and wait a moment for the other side's."""
+        if self.closed:
+            return
+        self.close_code = code
+        reason = (message.decode('utf-8', 'ignore') if isinstance(message, bytes) else message or '').encode()[:123]
+        self._goodbye(struct.pack('!H', code) + reason)
+        # A connection that is closed with bytes unread is reset, and the peer may never see the frame.
+        with contextlib.suppress(Exception), gevent.Timeout(CLOSE_PATIENCE, TimeoutError()):
+            self._connection.shutdown(socket.SHUT_WR)
+            while self._connection.recv(65536):
+                pass
+        self.abort()  # else who reads here waits for a peer that does not answer
+
+    def abort(self):
+        """End the connection without a word."""
+        self.closed = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _goodbye(self, payload):
+        with contextlib.suppress(WebSocketError):
+            self.send_frame(payload, self.OPCODE_CLOSE)
+        self.closed = True
+
+    def __del__(self):
+        """Do nothing: the library would send a close frame from the garbage collector."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Connections
+# ---------------------------------------------------------------------------------------------
+
+IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
+DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
+DISCARD_PATIENCE = 2  # seconds that this may take
+READ_BUFFER = 2048  # bytes of each connection, in the place of 8 KB
+# A peer that vanished without a word is found within about 15 s, whether we send to it or not.
+KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+             (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+             (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000))
 
 
 def read_up_to(stream, count):
@@ -235,158 +394,6 @@ class Departure:
             self._watcher.stop()
             self._watcher.close()
             self._watcher = None
-
-
-# ---------------------------------------------------------------------------------------------
-# WebSockets
-# ---------------------------------------------------------------------------------------------
-
-SEND_PATIENCE = 10  # seconds a peer may take to accept a piece of what is sent
-PIECE = 65536  # bytes
-CLOSE_PATIENCE = 2  # seconds we wait for the other side's close frame
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, BAD_DATA, POLICY, TOO_BIG = 1000, 1001, 1002, 1007, 1008, 1009
-
-
-class MessageTooBig(Exception):
-    """A message is larger than the server takes."""
-
-
-def text_frame(data):
-    """Return UTF-8 bytes as one WebSocket text frame, as a server sends it; the same for every client."""
-    size = len(data)
-    if size < 126:
-        return b'\x81' + bytes((size,)) + data
-    if size < 65536:
-        return b'\x81\x7e' + struct.pack('!H', size) + data
-    return b'\x81\x7f' + struct.pack('!Q', size) + data
-
-
-def unmask(data, mask):
-    """Return the payload of a masked frame: one XOR of two large numbers, 15 times as fast as byte after byte."""
-    size = len(data)
-    repeated = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(data, 'big') ^ int.from_bytes(repeated, 'big')).to_bytes(size, 'big')
-
-
-class Socket(WebSocket):
-    """A WebSocket. Reading belongs to one greenlet; any may send."""
-
-    def __init__(self, environ, stream, handler):
-        super().__init__(environ, stream, handler)
-        self._lock = gevent.lock.RLock()  # two greenlets in one sendall end with ConcurrentObjectUseError
-        self._connection = handler.socket
-        self._max_message = handler.max_message
-        self._left = self._max_message
-        self._turn, self.last_heard = Turn(), time.monotonic()
-        self.close_code = None  # what the other side or we gave as the reason of the end
-
-    def read_message(self):
-        """Read one message of at most max_message bytes, fragments included."""
-        self._left = self._max_message
-        return super().read_message()
-
-    def read_frame(self):
-        """Read one frame, refusing an unmasked or an oversized one before its payload is read."""
-        self._turn.pass_on()
-        header = Header.decode_header(self.stream)
-        self.last_heard = time.monotonic()
-        if header.flags:
-            raise ProtocolError('reserved bits are set')
-        if not header.mask:
-            raise ProtocolError('a frame of a client must be masked')
-        if header.opcode < 8:
-            self._left -= header.length
-            if self._left < 0:
-                raise MessageTooBig
-        payload = self.raw_read(header.length) if header.length else b''
-        if len(payload) != header.length:
-            raise WebSocketError('the connection ended within a frame')
-        return header, unmask(payload, header.mask)
-
-    def validate_utf8(self, payload):
-        """Leave it to the decoding of the whole message: the library looks at each byte in Python, twice."""
-
-    def _decode_bytes(self, bytestring):
-        return bytestring.decode('utf-8')
-
-    def receive(self):
-        """Return the next message, or None when the connection has ended, for whatever reason."""
-        try:
-            return self.read_message()
-        except UnicodeError:
-            self.close(BAD_DATA, 'the text is not UTF-8')
-        except ProtocolError as error:
-            self.close(PROTOCOL_ERROR, str(error)[:100])
-        except MessageTooBig:
-            self.close(TOO_BIG, f'a message has at most {self._max_message} bytes')
-        except (WebSocketError, OSError, AttributeError):  # AttributeError: another greenlet has closed it meanwhile
-            self.abort()
-        return None
-
-    def send_frame(self, message, opcode):
-        """Send one frame of bytes or text; raise WebSocketError when the peer is gone or does not take it in time."""
-        data = message.encode() if isinstance(message, str) else bytes(message or b'')
-        self.send_encoded(Header.encode_header(True, opcode, b'', len(data), 0) + data)
-
-    def send_encoded(self, frames):
-        """Send whole frames, any number of them, in one write."""
-        with self._lock:
-            if self.closed:
-                raise WebSocketError('the connection is closed')
-            try:
-                for start in range(0, len(frames), PIECE):
-                    with gevent.Timeout(SEND_PATIENCE, TimeoutError('the peer does not read')):
-                        self.raw_write(frames[start:start + PIECE])
-            except OSError as error:
-                # Part of a frame may be on its way; nothing sensible can follow it.
-                self.abort()
-                raise WebSocketError(str(error)) from error
-
-    def ping(self):
-        """Ask the other side for a sign of life."""
-        self.send_frame(b'', self.OPCODE_PING)
-
-    def handle_close(self, header, payload):
-        """Check the code and reason of a close frame, and answer with the same."""
-        if len(payload) == 1:
-            raise ProtocolError('a close frame has no payload, or a code of two bytes')
-        if not payload:
-            self.close_code = 1005
-            self._goodbye(b'')
-            return
-        code, reason = struct.unpack('!H', payload[:2])[0], payload[2:].decode('utf-8')
-        if not self._is_valid_close_code(code) or code > 4999:
-            raise ProtocolError(f'invalid close code {code}')
-        self.close_code = code
-        self._goodbye(struct.pack('!H', code) + reason.encode())
-
-    def close(self, code=NORMAL, message=''):
-        """Send a close frame with its code, and wait a moment for the other side's."""
-        if self.closed:
-            return
-        self.close_code = code
-        reason = (message.decode('utf-8', 'ignore') if isinstance(message, bytes) else message or '').encode()[:123]
-        self._goodbye(struct.pack('!H', code) + reason)
-        # A connection that is closed with bytes unread is reset, and the peer may never see the frame.
-        with contextlib.suppress(Exception), gevent.Timeout(CLOSE_PATIENCE, TimeoutError()):
-            self._connection.shutdown(socket.SHUT_WR)
-            while self._connection.recv(65536):
-                pass
-        self.abort()  # else who reads here waits for a peer that does not answer
-
-    def abort(self):
-        """End the connection without a word."""
-        self.closed = True
-        with contextlib.suppress(OSError, AttributeError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-
-    def _goodbye(self, payload):
-        with contextlib.suppress(WebSocketError):
-            self.send_frame(payload, self.OPCODE_CLOSE)
-        self.closed = True
-
-    def __del__(self):
-        """Do nothing: the library would send a close frame from the garbage collector."""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import socket
 import gevent.event
 import pytest
 
-import agentbackend
-from agentbackend import DockerError, Engine, Templates
+import agentbackend_engine
+from agentbackend import DATA
+from agentbackend_config import DockerError
+from agentbackend_engine import Engine, Templates
 
 
 @pytest.fixture
@@ -25,16 +27,16 @@ def engine(docker_client):
 
 
 def test_a_pull_ends_when_the_registry_says_nothing(engine, silent_host, monkeypatch):
-    monkeypatch.setattr(agentbackend, 'PULL_PATIENCE', 1)
+    monkeypatch.setattr(agentbackend_engine, 'PULL_PATIENCE', 1)
     with pytest.raises(DockerError, match='the registry says nothing'):
         engine.pull(f'{silent_host}/none:latest', print)
 
 
 def test_a_base_image_that_can_not_be_had_is_told_with_what_to_do(engine, silent_host, monkeypatch):
-    monkeypatch.setattr(agentbackend, 'PULL_PATIENCE', 1)
-    monkeypatch.setattr(agentbackend, 'DEBOOTSTRAP_PATIENCE', 2)
-    monkeypatch.setattr(agentbackend, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
-    templates = Templates(engine, [agentbackend.DATA / 'templates'], base_image=f'{silent_host}/none:latest', debian_mirror=f'http://{silent_host}/debian',
+    monkeypatch.setattr(agentbackend_engine, 'PULL_PATIENCE', 1)
+    monkeypatch.setattr(agentbackend_engine, 'DEBOOTSTRAP_PATIENCE', 2)
+    monkeypatch.setattr(agentbackend_engine, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
+    templates = Templates(engine, [DATA / 'templates'], base_image=f'{silent_host}/none:latest', debian_mirror=f'http://{silent_host}/debian',
                           ca_certs='', timeout=60)
     said = []
     with pytest.raises(DockerError, match='debootstrap.* said nothing for 2 s; is its mirror reached'):
@@ -44,23 +46,23 @@ def test_a_base_image_that_can_not_be_had_is_told_with_what_to_do(engine, silent
 
 
 def test_without_debootstrap_the_ways_out_are_told(engine, monkeypatch):
-    monkeypatch.setattr(agentbackend, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
-    monkeypatch.setattr(agentbackend.os, 'geteuid', lambda: 1000)  # the only way to be somebody else within this process
-    templates = Templates(engine, [agentbackend.DATA / 'templates'], base_image='127.0.0.1:9/none:latest', debian_mirror='', ca_certs='', timeout=60)
+    monkeypatch.setattr(agentbackend_engine, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
+    monkeypatch.setattr(agentbackend_engine.os, 'geteuid', lambda: 1000)  # the only way to be somebody else within this process
+    templates = Templates(engine, [DATA / 'templates'], base_image='127.0.0.1:9/none:latest', debian_mirror='', ca_certs='', timeout=60)
     with pytest.raises(DockerError, match='docker pull 127.0.0.1:9/none:latest; apt-get install debootstrap and run as root; BASE_IMAGE='):
         templates.image('base', print, gevent.event.Event())
 
 
 def test_the_base_image_of_the_engine_is_taken_first(engine, docker_client, templates_dir):
     image = docker_client.images.list()[0].id
-    templates = Templates(engine, [agentbackend.DATA / 'templates'], base_image=image, debian_mirror='', ca_certs='', timeout=60)
+    templates = Templates(engine, [DATA / 'templates'], base_image=image, debian_mirror='', ca_certs='', timeout=60)
     assert templates._debian(print) == image
 
 
 def test_an_image_has_another_name_when_what_it_is_made_of_has_changed(engine, tmp_path):
     def tag(**changes):
         settings = {'base_image': 'debian:bookworm-slim', 'debian_mirror': '', 'ca_certs': '', 'timeout': 60} | changes
-        return Templates(engine, [agentbackend.DATA / 'templates'], **settings).tag('bun-typescript')
+        return Templates(engine, [DATA / 'templates'], **settings).tag('bun-typescript')
     certificates = tmp_path / 'ca.pem'
     certificates.write_text('one')
     first = tag(ca_certs=str(certificates))

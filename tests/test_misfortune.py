@@ -15,6 +15,7 @@ from conftest import Served, objects_of, remove_objects
 from streaming import Sse, Ws, messages_until, statuses
 
 import agentbackend
+import agentbackend_engine
 from agentbackend import (
     BEGINNING,
     CREATING,
@@ -170,7 +171,7 @@ def test_a_command_that_prints_without_end_takes_no_memory(backend, monkeypatch,
     until_no_job(backend)
     container = backend.engine.find(backend.state.get('chatty').id)
     assert backend.engine.run(container.id, ['sh', '-c', 'yes | head -c 3000000; echo end'])[1] == b'y\n' * 2**15
-    monkeypatch.setattr(agentbackend, 'RUN_PATIENCE', 1)
+    monkeypatch.setattr(agentbackend_engine, 'RUN_PATIENCE', 1)
     with pytest.raises(DockerError, match='sleep .* within 1 s'):
         backend.engine.run(container.id, ['sleep', '5'])
     backend.engine.put_files(container.id, {'/tmp/large': (b'0' * 3_000_000, 0o644)})

@@ -9,7 +9,9 @@ from conftest import ROOT
 from contract import DOCUMENT, FRAME, check_answer
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from agentbackend import ROUTES, BackendError, Schemas, every_error, failures
+from agentbackend import ROUTES
+from agentbackend_config import BackendError, Schemas
+from agentbackend_pages import every_error, failures
 
 SCHEMAS = DOCUMENT['components']['schemas']
 OPERATIONS = [(method, path, told) for path, methods in DOCUMENT['paths'].items() for method, told in methods.items()]
