@@ -2467,10 +2467,11 @@ def told_for_sure(backend, session_id, after):
 
 
 def told(backend, session_id, after):
-    """Yield the same as long as the engine answers; nothing of a session that there is not."""
+    """Yield the same as long as the engine answers; an empty list of a session that there is not."""
     try:
         session = backend.state.session(session_id)
     except SessionNotFound:
+        yield []
         return
     barrier = backend.agents.published.get(session_id, BEGINNING)
     running = session.runs[-1].number if session.runs[-1].state == RUNNING else None
