@@ -137,7 +137,7 @@ run_tests() {
     see_to_engine
     see_to_base_image
     need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
-        nginx=nginx-light
+        nginx=nginx-light caddy=caddy
     .venv/bin/python -m pytest "$@"
 }
 

@@ -143,26 +143,43 @@ def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client):
         remove_objects(docker_client, served.instance)
 
 
-def test_behind_nginx_streams_and_websockets_pass(make_server, tmp_path):
-    server = make_server(ALLOWED_HOSTS='dev.example.org', ALLOWED_ORIGINS='https://dev.example.org')
+def free_port():
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    location = blocks(section('Homelab'), 'nginx')[0].replace('127.0.0.1:3100', f'127.0.0.1:{server.port}')
+        return probe.getsockname()[1]
+
+
+def with_nginx(folder, port, target):
+    """Return the command that runs nginx with the README's block."""
+    location = blocks(section('Homelab'), 'nginx')[0].replace('127.0.0.1:3100', target)
     mapping = re.search(r'`(map \$http_upgrade.*?)`', section('Homelab'))[1]
-    config = tmp_path / 'nginx.conf'
-    config.write_text(f'daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\nhttp {{ access_log off; {mapping}\n'
-                      f'client_body_temp_path {tmp_path}/b; proxy_temp_path {tmp_path}/p; fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; '
-                      f'scgi_temp_path {tmp_path}/s;\nserver {{ listen 127.0.0.1:{port}; {location} }} }}\n')
-    nginx = shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin')
-    with subprocess.Popen([nginx, '-c', str(config)], stdin=subprocess.DEVNULL) as running:
+    config = folder / 'nginx.conf'
+    config.write_text(f'daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\nhttp {{ access_log off; {mapping}\n'
+                      f'client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; '
+                      f'scgi_temp_path {folder}/s;\nserver {{ listen 127.0.0.1:{port}; {location} }} }}\n')
+    return [shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin'), '-c', str(config)]
+
+
+def with_caddy(folder, port, target):
+    """Return the command that runs Caddy with the README's block, but without a certificate, which takes a name that the world knows."""
+    block = re.search(r'```\n(dev\.example\.org \{.*?)```', section('Homelab'), re.DOTALL)[1]
+    config = folder / 'Caddyfile'
+    config.write_text('{\nadmin off\n}\n' + block.replace('127.0.0.1:3100', target).replace('dev.example.org {', f'http://dev.example.org:{port} {{'))
+    return ['caddy', 'run', '--config', str(config), '--adapter', 'caddyfile']
+
+
+@pytest.mark.parametrize('proxy', [with_nginx, with_caddy])
+def test_behind_a_proxy_streams_and_websockets_pass(make_server, tmp_path, proxy):
+    server, port = make_server(ALLOWED_HOSTS='dev.example.org', ALLOWED_ORIGINS='https://dev.example.org'), free_port()
+    env = {**os.environ, 'XDG_DATA_HOME': str(tmp_path), 'XDG_CONFIG_HOME': str(tmp_path)}
+    with subprocess.Popen(proxy(tmp_path, port, f'127.0.0.1:{server.port}'), stdin=subprocess.DEVNULL, env=env) as running:
         try:
-            headers = {'Host': 'dev.example.org', 'Origin': 'https://dev.example.org'}
+            headers = {'Host': f'dev.example.org:{port}', 'Origin': 'https://dev.example.org'}
             server.until(lambda: not subprocess.run(['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}'], stderr=subprocess.DEVNULL).returncode, 10)
             assert requests.get(f'http://127.0.0.1:{port}/health', headers=headers, timeout=5).json()['docker'] == 'connected'
             with requests.get(f'http://127.0.0.1:{port}/agent/sse/some-session', headers=headers, stream=True, timeout=5) as stream:
                 assert next(stream.iter_lines()) == b': events'
-            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host='dev.example.org', origin='https://dev.example.org', timeout=5)
+            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host=headers['Host'], origin='https://dev.example.org', timeout=5)
             client.send('{"type":"ping"}')
             assert '"pong"' in client.recv()
             client.close()
