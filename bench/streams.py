@@ -4,6 +4,7 @@ Figures of one run on one machine; what can be compared between machines are the
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
+import contextlib
 import datetime
 import resource
 import shutil
@@ -74,7 +75,7 @@ def fan_out(server, client, kind, rate, seconds=4):
     counts = [0]
 
     def read(stream):
-        with stream:
+        with stream, contextlib.suppress(OSError):  # it is cut off in the end
             while True:
                 data = stream.socket.recv(262144)
                 if not data:

@@ -1,22 +1,25 @@
 """Requests per second over one kept connection and over 16, in ratios: this machine's own numbers mean little elsewhere.
 
-    python bench/http.py [seconds per cell]
+    python bench/rest.py [seconds per cell]
 
 Bare pywsgi answers two bytes; the backend answers GET /api/workspaces. Each is served with TCP_NODELAY and without.
 """
-import sys; from pathlib import Path; sys.path[0] = str(Path(__file__).resolve().parent.parent)  # noqa: E702, I001 - else this file is `import http`
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
+from pathlib import Path
 
-import gevent
-import gevent.pywsgi
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import agentbackend
+import gevent  # noqa: E402
+import gevent.pywsgi  # noqa: E402
+
+import agentbackend  # noqa: E402
 
 REQUEST = b'GET /api/workspaces HTTP/1.1\r\nHost: localhost\r\n\r\n'
 
