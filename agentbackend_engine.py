@@ -58,6 +58,7 @@ PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
 CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
 RUN_PATIENCE = 60  # seconds that a short command may take
 MAX_PRINTED = 2**16  # bytes that are taken of what it prints, or of a small file
+BATCH = 200  # lines of a log that are given together when they are not waited for
 MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
 PULL_PATIENCE = 30  # seconds without a word from the registry: a machine without one may swallow packets
 GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
@@ -361,12 +362,18 @@ class Engine:
             url = self.api._url('/containers/{0}/logs', container.id)
             with contextlib.closing(self.api._get(url, params=params, stream=True, timeout=None)) as answer:
                 self.api._raise_for_status(answer)
+                batch, enough = [], 1 if follow else BATCH
                 for data in politely(answer.raw.stream(65536)):
-                    batch = lines.feed(data)
-                    if batch:
+                    try:
+                        batch += lines.feed(data)  # the engine sends line by line
+                    except LogDamaged:
                         yield batch
+                        raise
+                    if len(batch) >= enough:
+                        yield batch
+                        batch = []
         now = self.inspect(container.id) if follow else None
-        batch = [] if now and now.up else lines.end()  # while it runs, only the stream was cut off, maybe within a line
+        batch += [] if now and now.up else lines.end()  # while it runs, only the stream was cut off, maybe within a line
         if batch:
             yield batch
 

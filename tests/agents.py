@@ -51,7 +51,7 @@ def served_agents(folder, templates_dir, docker_client, **settings):
     try:
         served.start()
         served.create('work')
-        served.container = served.wait_status('work', 'running', timeout=400)['containerId']
+        served.container = served.wait_status('work', 'running', timeout=1500)['containerId']
         yield served
     finally:
         served.stop()

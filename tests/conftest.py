@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from contract import check_answer
 
+from agentbackend_engine import Engine, Templates
+
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CRASH and PRINT in its environment make it misbehave as the tests need it.
 TINY_DOCKERFILE = """\
@@ -93,7 +95,7 @@ def templates_dir(tmp_path_factory, docker_client):
 def agents_template(tmp_path_factory, docker_client):
     """A folder with the small template `agents`, in which agents can work, and the image that it stands on."""
     folder, test = tmp_path_factory.mktemp('agents-templates'), uuid.uuid4().hex
-    base = next(name for name in ('debian:bookworm-slim', 'agentbackend-debian:bookworm') if docker_client.images.list(name))
+    base = debian()
     target = folder / 'agents'
     target.mkdir()
     shutil.copy(shutil.which('busybox'), target / 'busybox')
@@ -103,6 +105,16 @@ def agents_template(tmp_path_factory, docker_client):
         (target / name).write_text(text)
     yield folder, base
     remove_images(docker_client, test)
+
+
+def debian():
+    """Return the name of a Debian image, as the server has it or would make it."""
+    engine = Engine()
+    templates = Templates(engine, [ROOT / 'templates'], base_image='debian:bookworm-slim', debian_mirror='', ca_certs='', timeout=600)
+    try:
+        return templates._debian(print)
+    finally:
+        engine.close()
 
 
 @pytest.fixture

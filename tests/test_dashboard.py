@@ -80,7 +80,7 @@ def agent_server(tmp_path_factory, templates_dir, docker_client):
     served = Served(tmp_path_factory.mktemp('served'), templates_dir, AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
     try:
         served.create('lab', template='blank')
-        served.wait_status('lab', 'running', timeout=600)
+        served.wait_status('lab', 'running', timeout=1500)
         yield served
     finally:
         served.stop()
