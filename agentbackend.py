@@ -2696,8 +2696,8 @@ class Call:
     body: object
     trusted: bool
     last_event_id: str
-    departure: object
-    websocket: object
+    departure: object = None
+    websocket: object = None
     accept: str = ''
     if_none_match: str = ''
 
@@ -3034,7 +3034,7 @@ def endpoint(backend, route):
             query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
             body = read_body(backend.schemas, route.body, environ) if route.body else None
             reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
-                                                departure_of(environ), environ.get('wsgi.websocket'), environ.get('HTTP_ACCEPT', ''), environ.get('HTTP_IF_NONE_MATCH', '')))
+                                                departure_of(environ), accept=environ.get('HTTP_ACCEPT', ''), if_none_match=environ.get('HTTP_IF_NONE_MATCH', '')))
             if reply.stream is not None:
                 return bottle.HTTPResponse(reply.stream, reply.status, reply.headers)
             return respond(reply.data if route.bare else {'success': True, 'data': reply.data}, reply.status, reply.headers)
@@ -3148,16 +3148,19 @@ def make_backend(config):
 
 def make_app(backend):
     """Return the WSGI callable, to be served here or mounted in another program."""
-    return Gate(backend.config, Application(backend), backend.streams)
+    def talk(websocket, trusted):
+        open_websocket(backend, Call({}, {}, None, trusted, None, websocket=websocket))
+    return Gate(backend.config, Application(backend), backend.streams, talk)
 
 
 class Gate:
     """What comes before the routes: who may call, from where, and with how large a body."""
 
-    def __init__(self, config, app, streams):
+    def __init__(self, config, app, streams, talk):
         self._config = config
         self._app = app
         self._streams = streams
+        self._talk = talk  # serves a WebSocket until it ends
         self._hosts = {host.lower() for host in (config.host, *config.allowed_hosts) if host not in ('0.0.0.0', '::')}
         self._origins = {origin.lower().rstrip('/') for origin in config.allowed_origins}
         self._open = [route for route in ROUTES if route.open]
@@ -3180,8 +3183,11 @@ class Gate:
             if not environ['agentbackend.trusted'] and not self._is_open(environ['REQUEST_METHOD'].replace('HEAD', 'GET'), environ['PATH_INFO']):
                 raise Unauthorized("This server needs its API token: send 'Authorization: Bearer <API_TOKEN>'.",
                                    headers={'WWW-Authenticate': 'Bearer'})
-            if environ.get('wsgi.websocket') is None:
-                self._take_body(environ)
+            if environ.get('wsgi.websocket') is not None:
+                # Not by way of Bottle: as long as it lasted, it would hold what Bottle keeps of a request.
+                self._talk(environ['wsgi.websocket'], environ['agentbackend.trusted'])
+                return []
+            self._take_body(environ)
         except BackendError as error:
             return self._refuse(environ, start, error)
         return self._app(environ, start)

@@ -211,7 +211,7 @@ class Socket(WebSocket):
 IDLE_PATIENCE = 75  # seconds a connection may be kept without a request
 DISCARD_LIMIT = 16 * 2**20  # bytes of a refused body that are still read, so that its sender sees the answer
 DISCARD_PATIENCE = 2  # seconds that this may take
-READ_BUFFER = 2048  # bytes of each connection, in the place of 8 KB
+READ_BUFFER = 1024  # bytes of each connection, in the place of 8 KB
 # A peer that vanished without a word is found within about 15 s, whether we send to it or not.
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
@@ -322,6 +322,7 @@ class Handler(WebSocketHandler):
             library = self.websocket
             self.websocket = Socket(self.environ, Stream(self), self)
             self.environ['wsgi.websocket'] = self.websocket
+            self.headers = None  # which the environment has, too
             library.closed = True  # it says goodbye when it is collected
             library.raw_write = lambda data: None
         return result

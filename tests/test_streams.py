@@ -590,17 +590,18 @@ def test_a_stalled_reader_delays_nobody_and_costs_little_and_is_told_what_it_los
     assert grown < 10 * 2**20, grown
 
 
-def test_a_thousand_idle_clients_cost_little_and_are_forgotten_when_they_die(make_server):
+@both
+def test_a_thousand_idle_clients_cost_little_and_are_forgotten_when_they_die(make_server, kind):
     server = make_server()
     server.running('idle')
     with follow(server, 'sse', 'idle', tail=1) as stream:
         next_of(stream, 2)
         sockets = streams_of(server)
-    with Readers(server, 'idle', 100, 'sse', 'ws'):
+    with Readers(server, 'idle', 100, kind):
         pass  # what the process needs once
     server.until(lambda: streams_of(server) < sockets + 2, 5)
     before = memory_of(server)
-    with Readers(server, 'idle', 1000, 'sse', 'ws'):
+    with Readers(server, 'idle', 1000, kind):
         assert streams_of(server) - sockets > 990
         time.sleep(2.5)  # a writer that has nothing to write waits for a second
         each = (memory_of(server) - before) / 1000
