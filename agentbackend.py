@@ -1717,32 +1717,6 @@ class Agents:
         finally:
             self._launching.discard(run.id)
 
-    def open(self):
-        """Note which runs an earlier process has begun."""
-        for session in self.state.sessions():
-            if session.runs[-1].state == RUNNING:
-                self.events.mark(session.workspace_id, session.id, event_id_of((session.runs[-1].number - 1, LAST_LINE, 0)))
-
-    def wait_until_told(self, topic, *, timeout):
-        """Wait until what earlier processes may have told of a workspace or session is published here; tell whether it is."""
-        if not self.resumed.wait(timeout):
-            return False
-        behind = [item.caught_up for item in self._followers.values() if topic in (item.session.id, item.session.workspace_id)]
-        return len(gevent.wait(behind, timeout)) == len(behind)
-
-    def place_in(self, session_id, after):
-        """Return a place from which a session is to be told on; one beyond its runs is of another session that had the same id."""
-        with contextlib.suppress(SessionNotFound):
-            if after[0] <= len(self.state.session(session_id).runs):
-                return after
-        return BEGINNING
-
-    def knows(self, session, run):
-        """Tell whether a run was not deleted meanwhile."""
-        with contextlib.suppress(SessionNotFound, IndexError):
-            return self.state.session(session.id).runs[run.number - 1].id == run.id
-        return False
-
     def cancel(self, session_id):
         """Interrupt the run of a session. It ends with an error event, within seconds."""
         session = self.state.session(session_id)
@@ -1773,6 +1747,32 @@ class Agents:
         greenlets = [greenlet for follower in self._followers.values() for greenlet in (follower.greenlet, follower.watchdog)]
         gevent.killall(greenlets, timeout=5)
         self._followers.clear()
+
+    def open(self):
+        """Note which runs an earlier process has begun."""
+        for session in self.state.sessions():
+            if session.runs[-1].state == RUNNING:
+                self.events.mark(session.workspace_id, session.id, event_id_of((session.runs[-1].number - 1, LAST_LINE, 0)))
+
+    def wait_until_told(self, topic, *, timeout):
+        """Wait until what earlier processes may have told of a workspace or session is published here; tell whether it is."""
+        if not self.resumed.wait(timeout):
+            return False
+        behind = [item.caught_up for item in self._followers.values() if topic in (item.session.id, item.session.workspace_id)]
+        return len(gevent.wait(behind, timeout)) == len(behind)
+
+    def place_in(self, session_id, after):
+        """Return a place from which a session is to be told on; one beyond its runs is of another session that had the same id."""
+        with contextlib.suppress(SessionNotFound):
+            if after[0] <= len(self.state.session(session_id).runs):
+                return after
+        return BEGINNING
+
+    def knows(self, session, run):
+        """Tell whether a run was not deleted meanwhile."""
+        with contextlib.suppress(SessionNotFound, IndexError):
+            return self.state.session(session.id).runs[run.number - 1].id == run.id
+        return False
 
     def replay(self, session, after=BEGINNING):
         """Yield lists of (place, event) of a session after a place, made anew from what its runs have written; empty ones too, on the way there."""
