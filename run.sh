@@ -93,10 +93,7 @@ start_engine() {
 }
 
 see_to_engine() {
-    if engine_answers; then
-        say "the Docker engine answers"
-        return
-    fi
+    engine_answers && return
     if [ -n "${DOCKER_HOST:-}" ]; then
         say "no Docker engine answers at DOCKER_HOST=$DOCKER_HOST; start it there"
         return 1
@@ -113,23 +110,26 @@ see_to_engine() {
     start_engine && say "the Docker engine answers"
 }
 
-# The server takes the base image from the engine, pulls it, or makes it with debootstrap; here is seen to it that it can.
+# The server takes the base image from the engine, else pulls it. Where no registry is reached, one is made here.
 see_to_base_image() {
-    if engine_answers && ! has_base_image && is_debian_root; then
-        need debootstrap=debootstrap || true
+    if has_base_image || timeout 30 docker pull -q "${BASE_IMAGE:-debian:bookworm-slim}" >/dev/null 2>&1; then
+        return
     fi
+    is_debian_root || { say "no registry is reached; as root: templates/make-debian-image makes a Debian image"; return 1; }
+    need debootstrap=debootstrap
+    templates/make-debian-image
 }
 
 serve() {
     make_venv
+    # What is missing comes while the server is there already; it waits for the image.
     if engine_answers; then
         say "the Docker engine answers"
-        see_to_base_image
     else
         say "no Docker engine answers yet; the server starts, and sees it when it is there"
-        (see_to_engine || true) &
     fi
-    exec .venv/bin/agentbackend
+    { see_to_engine && see_to_base_image || true; } &
+    BASE_IMAGE_TIMEOUT=${BASE_IMAGE_TIMEOUT:-600} exec .venv/bin/agentbackend
 }
 
 run_tests() {
@@ -137,7 +137,7 @@ run_tests() {
     see_to_engine
     see_to_base_image
     need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
-        nginx=nginx-light caddy=caddy
+        nginx=nginx-light caddy=caddy faketime=faketime rsync=rsync
     .venv/bin/python -m pytest "$@"
 }
 

@@ -1,6 +1,8 @@
-"""How soon an agent's first word reaches its reader, and how many events a second: each against the same without this server.
+"""How soon an agent's first word reaches its reader, and how many events a second: each against the same
+without this server.
 
-Real Claude Code in a real workspace, with a fake of its API; figures of one run on one machine, of which the ratios can be compared.
+Real Claude Code in a real workspace, with a fake of its API; figures of one run on one machine, of which the
+ratios can be compared.
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
@@ -26,7 +28,7 @@ FLOOD = f"""
 const line = JSON.stringify({{ type: 'progress', data: {{ step: 1, total: {EVENTS}, message: 'Creating one more of many files...' }} }}) + '\\n';
 require('fs').writeSync(1, line);
 setTimeout(() => {{ for (let n = 0; n < {EVENTS}; n += 100) require('fs').writeSync(1, line.repeat(100)); }}, 500);
-"""
+"""  # noqa: E501
 
 
 def first_word(server):
@@ -41,10 +43,14 @@ def first_word(server):
 
 
 def first_line(server, fake):
-    """Return the seconds until the CLI prints its first line when `docker exec` starts it in the same workspace."""
-    env = {'ANTHROPIC_BASE_URL': fake.url, 'ANTHROPIC_API_KEY': 'key', 'HOME': '/home/dev', 'CLAUDE_CONFIG_DIR': '/workspace/.agentbackend/claude'}
-    command = ['docker', 'exec', '-i', '-u', 'dev', '-w', '/workspace/work', *(word for item in env.items() for word in ('-e', '='.join(item))), server.container,
-               'claude', '-p', '--output-format', 'stream-json', '--verbose', '--dangerously-skip-permissions', '--session-id', str(uuid.uuid4())]
+    """Return the seconds until the CLI prints its first line when `docker exec` starts it in the same
+    workspace."""
+    env = {'ANTHROPIC_BASE_URL': fake.url, 'ANTHROPIC_API_KEY': 'key', 'HOME': '/home/dev',
+           'CLAUDE_CONFIG_DIR': '/workspace/.agentbackend/claude'}
+    command = ['docker', 'exec', '-i', '-u', 'dev', '-w', '/workspace/work',
+               *(word for item in env.items() for word in ('-e', '='.join(item))), server.container,
+               'claude', '-p', '--output-format', 'stream-json', '--verbose',
+               '--dangerously-skip-permissions', '--session-id', str(uuid.uuid4())]
     begun = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         running.stdin.write(b'Say something [script:talk]')
@@ -56,7 +62,8 @@ def first_line(server, fake):
 
 
 def events_per_second(server):
-    """Return events per second from an agent's flood to a reader, live and told again, and lines per second of `docker exec cat`."""
+    """Return events per second from an agent's flood to a reader, live and told again, and lines per second
+    of `docker exec cat`."""
     with Execution(server, 'work', 'flood', agent='command', timeout=120) as stream:
         chunks, begun, rest = stream.chunks(), None, b''
         for data in chunks:
@@ -69,7 +76,8 @@ def events_per_second(server):
         session = stream.headers['x-session-id']
     run = server.get(f'/api/agent/sessions/{session}')['runs'][0]['id']
     begun = time.perf_counter()
-    subprocess.run(['docker', 'exec', server.container, 'cat', f'/workspace/.agentbackend/runs/{run}/out'], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(['docker', 'exec', server.container, 'cat', f'/workspace/.agentbackend/runs/{run}/out'],
+                   stdout=subprocess.DEVNULL, check=True)
     cat = EVENTS / (time.perf_counter() - begun)
     return live, cat
 
@@ -78,8 +86,10 @@ def main():
     client, folder = docker.from_env(timeout=60), Path(tempfile.mkdtemp())
     (folder / 'templates').mkdir()
     try:
-        with FakeAnthropic(bridge_address(client)) as fake, served_agents(folder, folder / 'templates', client, ANTHROPIC_BASE_URL=fake.url, ANTHROPIC_API_KEY='key',
-                                                                         AGENT_COMMAND='node /workspace/flood.js', LOG_LEVEL='info') as server:
+        with FakeAnthropic(bridge_address(client)) as fake, served_agents(folder, folder / 'templates',
+                                                                          client, ANTHROPIC_BASE_URL=fake.url,
+                                                                          ANTHROPIC_API_KEY='key',
+                                                                         AGENT_COMMAND='node /workspace/flood.js', LOG_LEVEL='info') as server:  # noqa: E501
             put(client, server.container, 'flood.js', FLOOD)
             first_word(server), first_line(server, fake)  # the binary is in the page cache then
             ours = statistics.median(first_word(server) for _ in range(TURNS))
@@ -87,9 +97,11 @@ def main():
             live, cat = events_per_second(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for row in (('execute to first event', f'{ours * 1000:.0f} ms', f'{ours / theirs:.2f} x docker exec claude'),
+    for row in (('execute to first event', f'{ours * 1000:.0f} ms',
+                 f'{ours / theirs:.2f} x docker exec claude'),
                 ('docker exec claude to first line', f'{theirs * 1000:.0f} ms', '1'),
-                ('one task to one reader', f'{live:,.0f} events/s', f'{live / cat:.2f} x docker exec cat'), ('docker exec cat of the same', f'{cat:,.0f} lines/s', '1')):
+                ('one task to one reader', f'{live:,.0f} events/s', f'{live / cat:.2f} x docker exec cat'),
+                ('docker exec cat of the same', f'{cat:,.0f} lines/s', '1')):
         print('| {:<34} | {:>16} | {:<26} |'.format(*row))
 
 

@@ -1,8 +1,10 @@
-"""Requests per second over one kept connection and over 16, in ratios: this machine's own numbers mean little elsewhere.
+"""Requests per second over one kept connection and over 16, in ratios: this machine's own numbers mean little
+elsewhere.
 
     python bench/rest.py [seconds per cell]
 
-Bare pywsgi answers two bytes; the backend answers GET /api/workspaces. Each is served with TCP_NODELAY and without.
+Bare pywsgi answers two bytes; the backend answers GET /api/workspaces. Each is served with TCP_NODELAY and
+without.
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
@@ -41,7 +43,7 @@ def start(name, no_delay):
         return process, port
     app = bare
     if name == 'backend':
-        app = agentbackend.make_app(agentbackend.make_backend(agentbackend.Config.from_env({'STATE_DIR': tempfile.gettempdir()})))
+        app = agentbackend.make_app(agentbackend.make_backend(agentbackend.Config.from_env({'STATE_DIR': tempfile.gettempdir()})))  # noqa: E501
     gevent.pywsgi.WSGIServer(listener, app, log=None, error_log=None).serve_forever()
 
 
@@ -79,12 +81,14 @@ def measure(name, no_delay, seconds):
 def main():
     """Measure the four servers and print their rates, and each as a ratio to bare pywsgi with TCP_NODELAY."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 2
-    cells = {(name, no_delay): measure(name, no_delay, seconds) for name in ('bare', 'backend') for no_delay in (True, False)}
+    cells = {(name, no_delay): measure(name, no_delay, seconds) for name in ('bare', 'backend')
+             for no_delay in (True, False)}
     best = cells['bare', True]
     print('| server | TCP_NODELAY | 1 connection | ratio | 16 connections | ratio |')
     print('| --- | --- | --- | --- | --- | --- |')
     for (name, no_delay), (one, many) in cells.items():
-        print(f"| {name} | {'yes' if no_delay else 'no'} | {one:.0f}/s | {one / best[0]:.3f} | {many:.0f}/s | {many / best[1]:.3f} |")
+        print(f"| {name} | {'yes' if no_delay else 'no'} | {one:.0f}/s | {one / best[0]:.3f} | {many:.0f}/s "
+              f"| {many / best[1]:.3f} |")
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""How fast lines reach their readers: latency, one SSE reader against `docker logs -f`, and a thousand readers of each kind.
+"""How fast lines reach their readers: latency, one SSE reader against `docker logs -f`, and a thousand
+readers of each kind.
 
 Figures of one run on one machine; what can be compared between machines are the ratios.
 """
@@ -40,7 +41,8 @@ def latency(server, seconds=5):
         for message in stream:
             now = time.time()
             if message['type'] == 'log':
-                found.append((now - datetime.datetime.fromisoformat(message['timestamp'].replace('Z', '+00:00')).timestamp()) * 1000)
+                found.append((now - datetime.datetime.fromisoformat(message['timestamp'].replace('Z',
+                                                                                                 '+00:00')).timestamp()) * 1000)  # noqa: E501
             if time.monotonic() > end:
                 break
     server.call('DELETE', '/api/workspaces/ticker')
@@ -48,8 +50,12 @@ def latency(server, seconds=5):
 
 
 def lines_per_second(server, client):
-    """Return lines per second of a whole log through SSE, and through `docker logs -f` of the same container."""
-    workspace = server.running('race', env={'PRINT': f'yes "a line of a hundred bytes or so, as the lines of a build or of a test run are, most of the time, 1234" | head -n {LINES}; echo end'})
+    """Return lines per second of a whole log through SSE, and through `docker logs -f` of the same
+    container."""
+    workspace = server.running('race',
+                               env={'PRINT': 'yes "a line of a hundred bytes or so, as the lines of a build '
+                                             'or of a test run are, most of the time, 1234" | head -n '
+                                             f'{LINES}; echo end'})
     server.until(lambda: server.call('GET', '/api/workspaces/race/logs?tail=1').text == 'end\n', 60)
     begun = time.perf_counter()
     with Sse(server, '/api/workspaces/race/events?tail=100000', timeout=60) as stream:
@@ -58,7 +64,8 @@ def lines_per_second(server, client):
             pass
     ours = LINES / (time.perf_counter() - begun)
     begun = time.perf_counter()
-    process = subprocess.Popen(['docker', 'logs', '-f', '-t', workspace['containerId']], stdout=subprocess.PIPE)
+    process = subprocess.Popen(['docker', 'logs', '-f', '-t', workspace['containerId']],
+                               stdout=subprocess.PIPE)
     while not process.stdout.read1(65536).endswith(b' end\n'):
         pass
     theirs = LINES / (time.perf_counter() - begun)
@@ -69,7 +76,8 @@ def lines_per_second(server, client):
 
 
 def fan_out(server, client, kind, rate, seconds=4):
-    """Return messages per second to a thousand readers, and the share of what was printed that they got in that time."""
+    """Return messages per second to a thousand readers, and the share of what was printed that they got in
+    that time."""
     name = f'fan-{kind}'
     workspace = server.running(name, env={'PRINT': LISTEN})
     counts = [0]
@@ -93,7 +101,10 @@ def fan_out(server, client, kind, rate, seconds=4):
     jobs = [gevent.spawn(read, stream) for stream in streams]
     gevent.sleep(2)
     pause = 1_000_000 // rate
-    running = client.api.exec_create(workspace['containerId'], ['sh', '-c', f'n=0; while [ $n -lt {rate * seconds} ]; do echo "line $n of a test run"; n=$((n+1)); usleep {pause}; done >/say'])
+    running = client.api.exec_create(workspace['containerId'],
+                                     ['sh', '-c',
+                                      f'n=0; while [ $n -lt {rate * seconds} ]; do echo "line $n of a test '
+                                      f'run"; n=$((n+1)); usleep {pause}; done >/say'])
     counts[0], begun = 0, time.perf_counter()
     client.api.exec_start(running['Id'])
     wanted = rate * seconds * READERS
@@ -117,11 +128,14 @@ def main():
         server.start()
         p50, p99 = latency(server)
         ours, theirs = lines_per_second(server, client)
-        rows = [('stamp to SSE client, p50', f'{p50:.1f} ms', ''), ('stamp to SSE client, p99', f'{p99:.1f} ms', f'{p99 / p50:.1f} x p50'),
-                ('one SSE reader', f'{ours:,.0f} lines/s', f'{ours / theirs:.2f} x docker logs -f'), ('docker logs -f', f'{theirs:,.0f} lines/s', '1')]
+        rows = [('stamp to SSE client, p50', f'{p50:.1f} ms', ''),
+                ('stamp to SSE client, p99', f'{p99:.1f} ms', f'{p99 / p50:.1f} x p50'),
+                ('one SSE reader', f'{ours:,.0f} lines/s', f'{ours / theirs:.2f} x docker logs -f'),
+                ('docker logs -f', f'{theirs:,.0f} lines/s', '1')]
         for kind in ('ws', 'sse'):
             rate, share = fan_out(server, client, kind, 50)
-            rows.append((f'{READERS} {kind.upper()} readers', f'{rate:,.0f} messages/s', f'{share:.0%} of 50 lines/s to each'))
+            rows.append((f'{READERS} {kind.upper()} readers', f'{rate:,.0f} messages/s',
+                         f'{share:.0%} of 50 lines/s to each'))
         for row in rows:
             print('| {:<26} | {:>18} | {:<28} |'.format(*row))
     finally:

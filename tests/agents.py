@@ -1,4 +1,5 @@
-"""What the tests of agents share: tasks given over plain sockets, and looks into the workspace behind the server's back."""
+"""What the tests of agents share: tasks given over plain sockets, and looks into the workspace behind the
+server's back."""
 import contextlib
 import io
 import json
@@ -19,7 +20,8 @@ class Execution:
         body = json.dumps({'workspaceId': workspace, 'task': task, **fields}, ensure_ascii=False).encode()
         self.socket = connect(server, timeout)
         self._file = self.socket.makefile('rb')
-        self.socket.sendall(f'POST /api/agent/execute HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n'
+        self.socket.sendall('POST /api/agent/execute HTTP/1.1\r\nHost: '
+                            f'localhost:{server.port}\r\nContent-Type: application/json\r\n'
                             f'Content-Length: {len(body)}\r\n\r\n'.encode() + body)
         self.status, self.headers = read_head(self._file)
         assert self.status == 200, self._file.read(int(self.headers['content-length']))
@@ -46,7 +48,8 @@ class Execution:
 
 @contextlib.contextmanager
 def served_agents(folder, templates_dir, docker_client, **settings):
-    """A server with one running workspace, `work`, whose container's id is its `container`; all is removed in the end."""
+    """A server with one running workspace, `work`, whose container's id is its `container`; all is removed in
+    the end."""
     served = Served(folder, templates_dir, **{'DEFAULT_TEMPLATE': 'blank', **settings})
     try:
         served.start()
@@ -76,14 +79,16 @@ def restarted(server, **settings):
 
 def begin(server, task, *, workspace='work', **fields):
     """Give a task without waiting for anything; return the ids."""
-    answer = server.call('POST', '/api/agent/execute', {'workspaceId': workspace, 'task': task, **fields}, headers={'Accept': 'application/json'})
+    answer = server.call('POST', '/api/agent/execute', {'workspaceId': workspace, 'task': task, **fields},
+                         headers={'Accept': 'application/json'})
     assert answer.status_code == 202, answer.text
     return answer.json()['data']
 
 
 def refused(server, task='anything', *, workspace='work', **fields):
     """Return (status, code, error) of a task that is not taken."""
-    answer = server.call('POST', '/api/agent/execute', {'workspaceId': workspace, 'task': task, **fields}, headers={'Accept': 'application/json'})
+    answer = server.call('POST', '/api/agent/execute', {'workspaceId': workspace, 'task': task, **fields},
+                         headers={'Accept': 'application/json'})
     return answer.status_code, answer.json().get('code'), answer.json().get('error')
 
 
@@ -113,7 +118,8 @@ def transcript(server, session_id, limit=1000):
     """Return all events of a session, page by page."""
     found, after = [], ''
     while True:
-        page = server.get(f'/api/agent/sessions/{session_id}/events?limit={limit}' + (f'&after={after}' if after else ''))
+        page = server.get(f'/api/agent/sessions/{session_id}/events?limit={limit}'
+                          + (f'&after={after}' if after else ''))
         found += page['events']
         after = page['next']
         if after is None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from contract import check_answer
 
-from agentbackend_engine import Engine, Templates
+from _agentbackend.images import OWN_BASE_IMAGE
 
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CRASH and PRINT in its environment make it misbehave as the tests need it.
@@ -93,7 +93,8 @@ def templates_dir(tmp_path_factory, docker_client):
 
 @pytest.fixture(scope='session')
 def agents_template(tmp_path_factory, docker_client):
-    """A folder with the small template `agents`, in which agents can work, and the image that it stands on."""
+    """A folder with the small template `agents`, in which agents can work, and the image that it stands
+    on."""
     folder, test = tmp_path_factory.mktemp('agents-templates'), uuid.uuid4().hex
     base = debian()
     target = folder / 'agents'
@@ -101,25 +102,27 @@ def agents_template(tmp_path_factory, docker_client):
     shutil.copy(shutil.which('busybox'), target / 'busybox')
     for name in ('agent-run', 'agent-sweep'):
         shutil.copy(ROOT / 'templates' / 'base' / 'bin' / name, target / name)
-    for name, text in (('Dockerfile', AGENTS_DOCKERFILE.format(base=base, test=test)), ('entry', AGENTS_ENTRY), ('banner', AGENTS_BANNER)):
+    for name, text in (('Dockerfile', AGENTS_DOCKERFILE.format(base=base, test=test)),
+                       ('entry', AGENTS_ENTRY), ('banner', AGENTS_BANNER)):
         (target / name).write_text(text)
     yield folder, base
     remove_images(docker_client, test)
 
 
 def debian():
-    """Return the name of a Debian image, as the server has it or would make it."""
-    engine = Engine()
-    templates = Templates(engine, [ROOT / 'templates'], base_image='debian:bookworm-slim', debian_mirror='', ca_certs='', timeout=600)
-    try:
-        return templates._debian(print)
-    finally:
-        engine.close()
+    """Return the name of a Debian image, made if the engine has none."""
+    with contextlib.closing(docker.from_env()) as client:
+        there = {tag for image in client.images.list() for tag in image.tags}
+    found = [image for image in ('debian:bookworm-slim', OWN_BASE_IMAGE) if image in there]
+    if not found:
+        subprocess.run([ROOT / 'templates' / 'make-debian-image'], check=True)
+    return found[0] if found else OWN_BASE_IMAGE
 
 
 @pytest.fixture
 def own_templates(tmp_path, templates_dir, docker_client):
-    """A folder with `tiny`, and a function (name, *more steps) that adds templates to it; their images are removed in the end."""
+    """A folder with `tiny`, and a function (name, *more steps) that adds templates to it; their images are
+    removed in the end."""
     folder, test = tmp_path / 'templates', uuid.uuid4().hex
     shutil.copytree(templates_dir, folder)
     yield folder, lambda name, *steps: write_template(folder, name, test, steps)
@@ -131,13 +134,15 @@ def write_template(folder, name, test, steps=()):
     target = folder / name
     target.mkdir(exist_ok=True)
     shutil.copy(shutil.which('busybox'), target / 'busybox')
-    (target / 'Dockerfile').write_text(TINY_DOCKERFILE.format(test=test, steps=''.join(f'{step}\n' for step in steps)))
+    (target / 'Dockerfile').write_text(TINY_DOCKERFILE.format(test=test,
+                                                              steps=''.join(f'{step}\n' for step in steps)))
     (target / 'entry').write_text(TINY_ENTRY)
     (target / 'banner').write_text(TINY_BANNER)
 
 
 def remove_images(client, test):
-    """Remove the images and layers of a test; a build that went on without its server may hold one for a moment."""
+    """Remove the images and layers of a test; a build that went on without its server may hold one for a
+    moment."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         found = client.api.images(all=True, filters={'label': f'agentbackend.test={test}'})
@@ -150,27 +155,32 @@ def remove_images(client, test):
 
 
 class Served:
-    """A server in a process of its own, under an instance of its own, with its settings, its log and a small client."""
+    """A server in a process of its own, under an instance of its own, with its settings, its log and a small
+    client."""
 
     def __init__(self, folder, templates_dir, *, network=None, **settings):
         self.folder = folder
         self.network = network
         self.instance = 'test-' + uuid.uuid4().hex[:8]
         self.log = folder / 'log'
-        self.settings = {'INSTANCE': self.instance, 'STATE_DIR': str(folder / 'state'), 'PORT': '0', 'PREBUILD': 'none',
-                         'TEMPLATES_DIR': str(templates_dir), 'DEFAULT_TEMPLATE': 'tiny', 'LOG_LEVEL': 'debug', **settings}
+        self.settings = {'INSTANCE': self.instance, 'STATE_DIR': str(folder / 'state'), 'PORT': '0',
+                         'PREBUILD': 'none',
+                         'TEMPLATES_DIR': str(templates_dir), 'DEFAULT_TEMPLATE': 'tiny',
+                         'LOG_LEVEL': 'debug', **settings}
         self.headers = {}
         self.process = None
         self.port = None
 
     def start(self, *, connected=True):
         """Start the server, and wait until it answers and (unless told otherwise) has found its engine."""
-        env = {key: value for key, value in os.environ.items() if key not in ('API_TOKEN', 'HOST')} | self.settings
+        env = {key: value for key, value in os.environ.items()
+               if key not in ('API_TOKEN', 'HOST')} | self.settings
         self.log.open('a').close()
         already = self.log.stat().st_size
         with self.log.open('a') as log:
             prefix = self.network.prefix if self.network else []
-            self.process = subprocess.Popen([*prefix, sys.executable, str(ROOT / 'agentbackend.py')], env=env, stdout=log, stderr=log,
+            self.process = subprocess.Popen([*prefix, sys.executable, str(ROOT / 'agentbackend.py')], env=env,
+                                            stdout=log, stderr=log,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
         if connected:
@@ -184,7 +194,8 @@ class Served:
         return self.until(find, timeout)
 
     def until(self, condition, timeout=30):
-        """Return what `condition` gives as soon as it is true; fail with the server's log when it never is."""
+        """Return what `condition` gives as soon as it is true; fail with the server's log when it never
+        is."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             value = condition()
@@ -193,13 +204,15 @@ class Served:
             if self.process.poll() is not None:
                 break
             time.sleep(0.03)
-        raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n' + self.log.read_text()[-6000:])
+        raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n'
+                             + self.log.read_text()[-6000:])
 
     def call(self, method, path, json=None, **options):
         """Return the response of the server, whatever its status."""
         headers = {**self.headers, **options.pop('headers', {})}
         with self.network.entered() if self.network else contextlib.nullcontext():
-            answer = requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json, headers=headers, timeout=60, **options)
+            answer = requests.request(method, f'http://127.0.0.1:{self.port}{path}', json=json,
+                                      headers=headers, timeout=60, **options)
         check_answer(method, path, answer.status_code, answer.headers, lambda: answer.text)
         return answer
 
@@ -240,10 +253,12 @@ class Served:
 
 
 class Network:
-    """A network namespace with nothing but a loopback of its own, for a server or an engine that must not share ours."""
+    """A network namespace with nothing but a loopback of its own, for a server or an engine that must not
+    share ours."""
 
     def __init__(self):
-        self._holder = subprocess.Popen(['unshare', '--net', 'sh', '-c', 'ip link set lo up && echo up && exec sleep infinity'],
+        self._holder = subprocess.Popen(['unshare', '--net', 'sh', '-c',
+                                         'ip link set lo up && echo up && exec sleep infinity'],
                                         stdout=subprocess.PIPE, start_new_session=True)
         self._holder.stdout.readline()
         self._file = f'/proc/{self._holder.pid}/ns/net'
@@ -251,7 +266,8 @@ class Network:
 
     @contextlib.contextmanager
     def entered(self):
-        """Let this process make its sockets there for the length of a block, in which no other greenlet may make one."""
+        """Let this process make its sockets there for the length of a block, in which no other greenlet may
+        make one."""
         with open('/proc/self/ns/net') as ours, open(self._file) as theirs:
             self._move_to(theirs)
             try:
@@ -293,9 +309,12 @@ def objects_of(client, instance):
 
 
 def remove_objects(client, instance):
-    """Remove every container and volume of an instance; a server that was stopped meanwhile may be at it too."""
+    """Remove every container and volume of an instance; a server that was stopped meanwhile may be at it
+    too."""
     filters = {'label': f'agentbackend.instance={instance}'}
     deadline = time.monotonic() + 20
+    for item in client.api.volumes(filters={'label': f'agentbackend.claim={instance}'})['Volumes'] or ():
+        client.api.remove_volume(item['Name'], force=True)
     while objects_of(client, instance) and time.monotonic() < deadline:
         for item in client.api.containers(all=True, filters=filters):
             with contextlib.suppress(docker.errors.APIError):
@@ -303,11 +322,15 @@ def remove_objects(client, instance):
         for item in client.api.volumes(filters=filters)['Volumes'] or ():
             with contextlib.suppress(docker.errors.APIError):
                 client.api.remove_volume(item['Name'], force=True)
+    for item in client.api.networks(filters=filters):
+        with contextlib.suppress(docker.errors.APIError):
+            client.api.remove_network(item['Id'])
 
 
 @pytest.fixture
 def make_server(tmp_path, templates_dir, docker_client):
-    """A function that starts servers; all that they made is removed in the end, and on a failure their logs are shown."""
+    """A function that starts servers; all that they made is removed in the end, and on a failure their logs
+    are shown."""
     servers = []
 
     def make(*, connected=True, network=None, **settings):

@@ -19,7 +19,8 @@ def installed():
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'done').exists():
             shutil.copy(manifest, folder)
-            subprocess.run(['npm', 'install', '--no-audit', '--no-fund', '--ignore-scripts', '--loglevel=error'], cwd=folder, check=True, timeout=240)
+            subprocess.run(['npm', 'install', '--no-audit', '--no-fund', '--ignore-scripts',
+                            '--loglevel=error'], cwd=folder, check=True, timeout=240)
             (folder / 'done').touch()
     return folder
 

@@ -1,9 +1,10 @@
-"""Many clients of one workspace in a process of their own: it may be killed with all its connections, and takes no time from the test's.
+"""Many clients of one workspace in a process of their own: it may be killed with all its connections, and
+takes no time from the test's.
 
     python tests/readers.py PORT WORKSPACE COUNT KIND...
 
-Opens COUNT streams, of the kinds by turns (sse, ws), and prints `ready` once each has had its first event. Then, when each has heard a
-line that says `end`, it prints as a JSON list how many lines each of them heard.
+Opens COUNT streams, of the kinds by turns (sse, ws), and prints `ready` once each has had its first event.
+Then, when each has heard a line that says `end`, it prints as a JSON list how many lines each of them heard.
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
@@ -22,7 +23,8 @@ class Readers:
     """The process, as a test has it."""
 
     def __init__(self, server, workspace, count, *kinds):
-        self._process = subprocess.Popen([sys.executable, __file__, str(server.port), workspace, str(count), *kinds], stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen([sys.executable, __file__, str(server.port), workspace, str(count),
+                                          *kinds], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout.readline() == 'ready\n'
 
     def counts(self):
@@ -39,7 +41,8 @@ class Readers:
 
 
 def count_lines(stream):
-    """Return how many lines come up to the one that says end. They are counted as bytes: to understand them all takes too long."""
+    """Return how many lines come up to the one that says end. They are counted as bytes: to understand them
+    all takes too long."""
     mark, count, rest = b'"type":"log"', 0, b''
     while b'"message":"end"' not in rest:
         data = stream.socket.recv(262144)

@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 
-from agentbackend_wire import unmask
+from _agentbackend.wire import unmask
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
@@ -44,7 +44,9 @@ class Connection:
 
     def __init__(self, server, path, headers, timeout, receive_buffer=None):
         self.socket = connect(server, timeout, receive_buffer)
-        lines = [f'GET {path} HTTP/1.1', f'Host: localhost:{server.port}', *(f'{name}: {value}' for name, value in headers.items() if value is not None)]
+        headers = {'Host': f'localhost:{server.port}', **headers}
+        lines = [f'GET {path} HTTP/1.1', *(f'{name}: {value}' for name, value in headers.items()
+                                           if value is not None)]
         self.file = self.socket.makefile('rb')
         try:
             self.socket.sendall('\r\n'.join(lines).encode() + b'\r\n\r\n')
@@ -76,9 +78,11 @@ class Sse(Connection):
     """An SSE stream: a browser's EventSource, less its patience."""
 
     def __init__(self, server, path, *, after=None, timeout=10, receive_buffer=None, **headers):
-        super().__init__(server, path, {'Accept': 'text/event-stream', 'Last-Event-ID': after, **server.headers, **headers}, timeout, receive_buffer)
+        super().__init__(server, path, {'Accept': 'text/event-stream', 'Last-Event-ID': after,
+                                        **server.headers, **headers}, timeout, receive_buffer)
         self.comments, self.retry, self.names, self.last_id = [], None, set(), after
-        self._rest, self._waiting = b'', collections.deque()  # bytes and lines that came and were not yet asked for
+        # Bytes and lines that came and were not yet asked for.
+        self._rest, self._waiting = b'', collections.deque()
 
     def __iter__(self):
         """Yield the messages until the stream ends."""
@@ -111,7 +115,8 @@ class Sse(Connection):
             self._waiting.extend(lines)
 
     def read_chunk(self):
-        """Return the next part of the body as it was sent, empty at the end; raise ConnectionError if it is cut off."""
+        """Return the next part of the body as it was sent, empty at the end; raise ConnectionError if it is
+        cut off."""
         size = self.file.readline()
         if not size.endswith(b'\r\n'):
             raise ConnectionError('the stream was cut off')
@@ -123,8 +128,10 @@ class Ws(Connection):
 
     def __init__(self, server, path='/agent/ws', *, timeout=10, receive_buffer=None, **headers):
         key = base64.b64encode(os.urandom(16)).decode()
-        super().__init__(server, path, {'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13', 'Sec-WebSocket-Key': key,
-                                        **{name.replace('_', '-'): value for name, value in headers.items()}}, timeout, receive_buffer)
+        super().__init__(server, path, {'Upgrade': 'websocket', 'Connection': 'Upgrade',
+                                        'Sec-WebSocket-Version': '13', 'Sec-WebSocket-Key': key,
+                                        **{name.replace('_', '-'): value for name, value in headers.items()}},
+                                        timeout, receive_buffer)
         self.last_id = None
 
     def send(self, **message):

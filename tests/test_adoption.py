@@ -1,7 +1,7 @@
-"""What is left of workspaces after a crash of the server, of the engine, or the loss of the state file: all of them."""
+"""What is left of workspaces after a crash of the server, of the engine, or the loss of the state file: all
+of them."""
 import contextlib
 import gc
-import json
 import os
 import random
 import shutil
@@ -14,29 +14,18 @@ import greenlet
 import pytest
 import requests
 from conftest import concurrently, objects_of, remove_objects
-from test_lifecycle import (
-    delete,
-    in_container,
-    inspect,
-    left_of,
-    patch,
-    seconds_until,
-    verb,
-    wait_gone,
-)
+from helpers import kept, lose, same_mounts, state_path
+from test_lifecycle import delete, in_container, inspect, left_of, patch, seconds_until, verb, wait_gone
 
 import agentbackend
 
-KEPT = ('id', 'name', 'type', 'template', 'codeServerPort', 'sshPort', 'ports', 'createdAt', 'codeServerPassword', 'gitUrl', 'gitBranch', 'labels',
+KEPT = ('id', 'name', 'type', 'template', 'codeServerPort', 'sshPort', 'ports', 'createdAt',
+        'codeServerPassword', 'gitUrl', 'gitBranch', 'labels',
         'ttl', 'containerId', 'expiresAt')
 
 
 def kept_of(workspace, *without):
     return {key: workspace[key] for key in KEPT if key not in without}
-
-
-def state_file(server):
-    return server.folder / 'state' / f'{server.instance}.json'
 
 
 def is_settled(server):
@@ -47,18 +36,22 @@ def is_settled(server):
 
 def test_after_a_crash_everything_is_as_it_was(make_server, docker_client):
     server = make_server()
-    wishes = {'plain': {'labels': {'a': 'b'}}, 'agent': {'type': 'agent', 'ttl': 500}, 'temp': {'type': 'temporary', 'ports': [3000]},
+    wishes = {'plain': {'labels': {'a': 'b'}}, 'agent': {'type': 'agent', 'ttl': 500},
+              'temp': {'type': 'temporary', 'ports': [3000]},
               'idle': {'gitUrl': 'https://git.invalid/x.git', 'gitBranch': 'main'}}
     concurrently(*(lambda name=name: server.running(name, **wishes[name]) for name in wishes))
     patch(server, 'plain', ttl=1000, labels={'c': 'd'}, name='renamed')
     verb(server, 'idle', 'stop')
     server.wait_status('idle', 'stopped')
-    before = {item['id']: server.get(f"/api/workspaces/{item['id']}") for item in server.get('/api/workspaces')}
-    started = {name: inspect(docker_client, server, name)['State']['StartedAt'] for name in ('renamed', 'agent', 'temp', 'idle')}
+    before = {item['id']: server.get(f"/api/workspaces/{item['id']}")
+              for item in server.get('/api/workspaces')}
+    started = {name: inspect(docker_client, server, name)['State']['StartedAt']
+               for name in ('renamed', 'agent', 'temp', 'idle')}
     server.kill()
     server.start()
     time.sleep(1.2)  # a sweep
-    after = {item['id']: server.get(f"/api/workspaces/{item['id']}") for item in server.get('/api/workspaces')}
+    after = {item['id']: server.get(f"/api/workspaces/{item['id']}")
+             for item in server.get('/api/workspaces')}
     assert list(after) == list(before)
     for found, was in zip(after.values(), before.values(), strict=True):
         assert kept_of(found) == kept_of(was) and found['status'] == was['status'] and found['error'] is None
@@ -88,7 +81,8 @@ def test_kills_at_random_moments_leak_nothing(make_server, docker_client):
         action = dice.choice(('create', 'create', 'stop', 'start', 'restart', 'delete'))
         with contextlib.suppress(requests.exceptions.RequestException):
             if action == 'create':
-                server.call('POST', '/api/workspaces', {'name': name, 'type': dice.choice(('persistent', 'agent', 'temporary'))})
+                server.call('POST', '/api/workspaces',
+                            {'name': name, 'type': dice.choice(('persistent', 'agent', 'temporary'))})
             elif action == 'delete':
                 server.call('DELETE', f'/api/workspaces/{name}')
             else:
@@ -103,13 +97,15 @@ def test_kills_at_random_moments_leak_nothing(make_server, docker_client):
         server.until(lambda: is_settled(server), 30)
         found = server.get('/api/workspaces')
         assert not [item for item in found if item['status'] == 'error'], (turn, found)
-        containers = {item['Labels']['agentbackend.id']: item['State'] for item in docker_client.api.containers(
-            all=True, filters={'label': f'agentbackend.instance={server.instance}'})}
+        containers = {item['Labels']['agentbackend.id']: item['State']
+                      for item in docker_client.api.containers(
+all=True, filters={'label': f'agentbackend.instance={server.instance}'})}
         volumes = {item['Labels']['agentbackend.id'] for item in docker_client.api.volumes(
             filters={'label': f'agentbackend.instance={server.instance}'})['Volumes'] or ()}
         assert volumes == containers.keys() == {item['id'] for item in found}, turn
         for item in found:
-            assert containers[item['id']] == {'running': 'running', 'stopped': 'exited'}[item['status']], (turn, item)
+            assert containers[item['id']] == {'running': 'running',
+                                              'stopped': 'exited'}[item['status']], (turn, item)
     for item in server.get('/api/workspaces'):
         delete(server, item['id'])
     assert objects_of(docker_client, server.instance) == []
@@ -143,14 +139,18 @@ def test_credentials_that_a_crash_lost_are_an_error_that_says_so(own_templates, 
 
 
 def make_half(server, client, name, *, container):
-    """Kill the server while it makes a workspace, and leave a volume and no container, or one that never started."""
+    """Kill the server while it makes a workspace, and leave a volume and no container, or one that never
+    started."""
     server.create(name, env={'SLOW': '3'}, gitBranch='main', gitUrl='https://git.invalid/x.git')
-    found = server.until(lambda: next(iter(client.api.containers(filters={'name': f'{server.instance}-{name}'})), None))
+    found = server.until(lambda: next(iter(client.api.containers(filters={'name': f'{server.instance}-{name}'})), None))  # noqa: E501
     server.kill()
     found = client.api.inspect_container(found['Id'])
     client.api.remove_container(found['Id'], force=True)
     if container:
-        client.api.create_container(found['Image'], name=f'{server.instance}-{name}', labels=found['Config']['Labels'], environment=found['Config']['Env'])
+        client.api.create_container(found['Image'], name=f'{server.instance}-{name}',
+                                    labels=found['Config']['Labels'],
+                                    environment=found['Config']['Env'],
+                                    host_config=same_mounts(client, found))
 
 
 @pytest.mark.parametrize('container', [False, True], ids=['volume', 'container'])
@@ -159,7 +159,8 @@ def test_a_half_made_workspace_is_finished(make_server, docker_client, container
     make_half(server, docker_client, 'half', container=container)
     server.start()
     workspace = server.wait_status('half', 'running')
-    assert in_container(docker_client, server, 'half', 'cat /etc/agentbackend/password; echo $SLOW').split() == [workspace['codeServerPassword'], '3']
+    assert in_container(docker_client, server, 'half',
+                        'cat /etc/agentbackend/password; echo $SLOW').split() == [workspace['codeServerPassword'], '3']  # noqa: E501
     delete(server, 'half')
     assert objects_of(docker_client, server.instance) == []
 
@@ -168,13 +169,14 @@ def test_a_half_made_workspace_is_finished(make_server, docker_client, container
 def test_a_half_made_workspace_without_a_record_is_adopted(make_server, docker_client, container):
     server = make_server()
     make_half(server, docker_client, 'half', container=container)
-    state_file(server).unlink()
+    lose(state_path(server))
     server.start()
     found = server.wait_status('half', 'stopped')
     assert found['gitUrl'] == 'https://git.invalid/x.git' and found['codeServerPort']
     verb(server, 'half', 'start')
     workspace = server.wait_status('half', 'running')
-    assert in_container(docker_client, server, 'half', 'cat /etc/agentbackend/password') == workspace['codeServerPassword']
+    assert in_container(docker_client, server, 'half',
+                        'cat /etc/agentbackend/password') == workspace['codeServerPassword']
     delete(server, 'half')
     assert objects_of(docker_client, server.instance) == []
 
@@ -182,17 +184,19 @@ def test_a_half_made_workspace_without_a_record_is_adopted(make_server, docker_c
 # The state file
 
 def damage(server):
-    state_file(server).write_text('{"version": 1, "workspaces": [{"id": "ws-')
+    lose(state_path(server))
+    state_path(server).write_text('{"version": 1, "workspaces": [{"id": "ws-')
 
 
-def lose(server):
-    state_file(server).unlink()
+def lose_it(server):
+    lose(state_path(server))
 
 
-@pytest.mark.parametrize('harm', [lose, damage])
+@pytest.mark.parametrize('harm', [lose_it, damage])
 def test_without_the_state_file_everything_is_adopted_from_the_engine(make_server, docker_client, harm):
     server = make_server()
-    wishes = {'plain': {'env': {'KEPT': 'a=b'}, 'ports': [3000], 'labels': {'team': 'a'}, 'cpus': 0.5, 'memory': 96 * 2**20,
+    wishes = {'plain': {'env': {'KEPT': 'a=b'}, 'ports': [3000], 'labels': {'team': 'a'}, 'cpus': 0.5,
+                        'memory': 96 * 2**20,
                         'gitUrl': 'https://git.invalid/x.git', 'gitBranch': 'main'},
               'agent': {'type': 'agent', 'ttl': 500, 'ssh': False}, 'temp': {'type': 'temporary'}, 'idle': {}}
     concurrently(*(lambda name=name: server.running(name, **wishes[name]) for name in wishes))
@@ -200,27 +204,31 @@ def test_without_the_state_file_everything_is_adopted_from_the_engine(make_serve
     patch(server, 'plain', name='renamed')
     verb(server, 'idle', 'stop')
     server.wait_status('idle', 'stopped')
-    before = {item['id']: server.get(f"/api/workspaces/{item['id']}") for item in server.get('/api/workspaces')}
+    before = {item['id']: server.get(f"/api/workspaces/{item['id']}")
+              for item in server.get('/api/workspaces')}
     server.kill()
     harm(server)
     server.start()
     server.until(lambda: len(server.get('/api/workspaces')) == 4)
-    after = {item['id']: server.get(f"/api/workspaces/{item['id']}") for item in server.get('/api/workspaces')}
+    after = {item['id']: server.get(f"/api/workspaces/{item['id']}")
+             for item in server.get('/api/workspaces')}
     assert list(after) == list(before)
     for found, was in zip(after.values(), before.values(), strict=True):
         assert kept_of(found, 'expiresAt') == kept_of(was, 'expiresAt') and found['status'] == was['status']
     assert 490 < seconds_until(server.get('/api/workspaces/agent')['expiresAt']) <= 500
-    aside = list(state_file(server).parent.glob('*.damaged-*'))
+    aside = list(state_path(server).parent.glob('*.damaged-*'))
     assert len(aside) == (harm is damage) and all(path.read_text().endswith('"ws-') for path in aside)
     # A new container of an adopted workspace is as the old one was.
-    docker_client.api.remove_container(before[server.get('/api/workspaces/renamed')['id']]['containerId'], force=True)
+    docker_client.api.remove_container(before[server.get('/api/workspaces/renamed')['id']]['containerId'],
+                                       force=True)
     server.wait_status('renamed', 'stopped')
     verb(server, 'renamed', 'start')
     server.wait_status('renamed', 'running')
-    assert in_container(docker_client, server, 'renamed', 'cat /workspace/plain/file; echo $KEPT').split() == ['kept', 'a=b']
+    assert in_container(docker_client, server, 'renamed',
+                        'cat /workspace/plain/file; echo $KEPT').split() == ['kept', 'a=b']
     host = inspect(docker_client, server, 'renamed')['HostConfig']
     assert host['NanoCpus'] == 500_000_000 and host['Memory'] == 96 * 2**20
-    settings = json.loads(state_file(server).read_text())['workspaces']
+    settings = kept(state_path(server)).values()
     assert next(item['env'] for item in settings if item['name'] == 'renamed') == {'KEPT': 'a=b'}
 
 
@@ -232,7 +240,7 @@ def test_a_workspace_is_adopted_though_its_image_was_removed(own_templates, make
     verb(server, 'old', 'stop')
     server.wait_status('old', 'stopped')
     server.kill()
-    lose(server)
+    lose(state_path(server))
     docker_client.api.remove_image(inspect(docker_client, server, 'old')['Image'], force=True)
     server.start()
     assert server.wait_status('old', 'stopped')['type'] == 'persistent'
@@ -240,8 +248,11 @@ def test_a_workspace_is_adopted_though_its_image_was_removed(own_templates, make
 
 def test_what_ended_or_vanished_while_the_server_was_away_is_seen(make_server, docker_client):
     server = make_server()
-    names = {'temp': 'temporary', 'agent': 'agent', 'bare': 'persistent', 'robbed': 'persistent', 'asleep': 'persistent'}
-    made = dict(zip(names, concurrently(*(lambda name=name: server.running(name, type=names[name]) for name in names)), strict=True))
+    names = {'temp': 'temporary', 'agent': 'agent', 'bare': 'persistent', 'robbed': 'persistent',
+             'asleep': 'persistent'}
+    made = dict(zip(names,
+                    concurrently(*(lambda name=name: server.running(name, type=names[name])
+                                   for name in names)), strict=True))
     verb(server, 'asleep', 'stop')
     server.wait_status('asleep', 'stopped')
     server.kill()
@@ -255,16 +266,17 @@ def test_what_ended_or_vanished_while_the_server_was_away_is_seen(make_server, d
     wait_gone(server, 'temp')
     assert not any(left_of(docker_client, server, made['temp']))
     assert '137' in server.wait_status('agent', 'stopped')['error']
-    assert 'removed by someone else' in server.wait_status('bare', 'stopped')['error']
+    assert 'removed outside Agent Backend' in server.wait_status('bare', 'stopped')['error']
     assert 'volume' in server.wait_status('robbed', 'error')['error']
     server.wait_status('asleep', 'running')
 
 
-def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_removed(make_server, docker_client):
+def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_removed(make_server,
+                                                                                     docker_client):
     server = make_server()
     workspace = server.running('temp', type='temporary')
     server.kill()
-    lose(server)
+    lose(state_path(server))
     docker_client.api.remove_container(workspace['containerId'], force=True)
     server.start()
     server.until(lambda: objects_of(docker_client, server.instance) == [])
@@ -279,7 +291,8 @@ class OwnEngine:
     def __init__(self, folder, network, *options):
         self.network, self.socket = network, folder / 'docker.sock'
         self._log, self._data = open(folder / 'dockerd.log', 'a'), folder / 'data'
-        self._command = [*network.prefix, 'dockerd', '--data-root', str(self._data), '--exec-root', str(folder / 'exec'),
+        self._command = [*network.prefix, 'dockerd', '--data-root', str(self._data), '--exec-root',
+                         str(folder / 'exec'),
                          '--host', f'unix://{self.socket}', '--pidfile', str(folder / 'pid'), *options]
         self._containerd = folder / 'exec' / 'containerd' / 'containerd.pid'
         self._process = None
@@ -288,14 +301,15 @@ class OwnEngine:
     def start(self):
         # A containerd that was killed along with its dockerd passes for a living one where nobody reaps it.
         self._containerd.unlink(missing_ok=True)
-        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log,
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 30
         while True:
             try:
                 self.client = docker.DockerClient(f'unix://{self.socket}', timeout=30)
                 return self
             except docker.errors.DockerException:
-                assert time.monotonic() < deadline and self._process.poll() is None, open(self._log.name).read()[-3000:]
+                assert time.monotonic() < deadline and self._process.poll() is None, open(self._log.name).read()[-3000:]  # noqa: E501
                 time.sleep(0.1)
 
     def end(self, number):
@@ -328,7 +342,8 @@ def test_the_engine_may_die_and_come_back(make_server, network, tmp_path, number
 
 def check_engine_outage(make_server, network, engine, number, *, survives):
     server = make_server(network=network, DOCKER_HOST=f'unix://{engine.socket}')
-    types = {'kept': 'persistent', 'idle': 'persistent', 'temp': 'temporary', 'agent': 'agent', 'unwanted': 'persistent'}
+    types = {'kept': 'persistent', 'idle': 'persistent', 'temp': 'temporary', 'agent': 'agent',
+             'unwanted': 'persistent'}
     for name, kind in types.items():
         server.create(name, type=kind)
     made = {name: server.wait_status(name, 'running') for name in types}
@@ -342,7 +357,7 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     assert [item['name'] for item in server.get('/api/workspaces')][:2] == ['kept', 'idle']
     for path, body in (('', {'name': 'new'}), ('/idle/start', None), ('/kept/stop', None)):
         answer = server.call('POST', f'/api/workspaces{path}', body)
-        assert answer.status_code == 503 and answer.json()['code'] == 'DOCKER_ERROR' and 'does not answer' in answer.json()['error'], answer.text
+        assert answer.status_code == 503 and answer.json()['code'] == 'DOCKER_ERROR' and 'does not answer' in answer.json()['error'], answer.text  # noqa: E501
     deletion = server.call('DELETE', '/api/workspaces/unwanted')
     assert deletion.status_code == 202 and deletion.json()['data']['deleted'] is False
     time.sleep(0.5)  # so that each job has seen it
@@ -350,7 +365,8 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     server.until(lambda: server.get('/health')['docker'] == 'connected', 20)
     wait_gone(server, 'unwanted')
     server.wait_status('slow', 'running')
-    # After a SIGKILL, 20.10 takes what it ends itself for stopped on purpose, and its restart policy does nothing.
+    # After a SIGKILL, 20.10 takes what it ends itself for stopped on purpose, and its restart policy does
+    # nothing.
     server.until(lambda: engine.client.api.inspect_container(made['kept']['containerId'])['State']['Running']
                  == (server.get('/api/workspaces/kept')['status'] == 'running'))
     if number == 9 and server.get('/api/workspaces/kept')['status'] == 'stopped':
@@ -358,7 +374,8 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     assert kept_of(server.wait_status('kept', 'running')) == kept_of(made['kept'])
     assert server.wait_status('idle', 'stopped')['error'] is None
     if survives:
-        assert {server.wait_status(name, 'running')['containerId'] for name in ('temp', 'agent')} == {made[name]['containerId'] for name in ('temp', 'agent')}
+        assert {server.wait_status(name, 'running')['containerId']
+                for name in ('temp', 'agent')} == {made[name]['containerId'] for name in ('temp', 'agent')}
         time.sleep(3)
         assert server.get('/api/workspaces/temp')['status'] == 'running'
     else:
@@ -407,7 +424,8 @@ def test_thirty_rounds_leave_no_open_file(make_server):
 
 def test_thirty_rounds_leave_no_greenlet(tmp_path, templates_dir, docker_client):
     instance = f'test-greenlets-{os.getpid()}'
-    config = agentbackend.Config.from_env({'INSTANCE': instance, 'STATE_DIR': str(tmp_path), 'TEMPLATES_DIR': str(templates_dir), 'PREBUILD': 'none'})
+    config = agentbackend.Config.from_env({'INSTANCE': instance, 'STATE_DIR': str(tmp_path),
+                                           'TEMPLATES_DIR': str(templates_dir), 'PREBUILD': 'none'})
     backend = agentbackend.make_backend(config).open()
 
     def living():
@@ -416,14 +434,17 @@ def test_thirty_rounds_leave_no_greenlet(tmp_path, templates_dir, docker_client)
 
     def rounds(count):
         for _ in range(count):
-            made = [backend.workspaces.create({'name': f'g{number}', 'template': 'tiny'}).id for number in range(5)]
+            made = [backend.workspaces.create({'name': f'g{number}', 'template': 'tiny'}).id
+                    for number in range(5)]
             deadline = time.monotonic() + 30
             while {item.status for item in backend.state.all()} != {'running'}:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert all(gone for _, gone in concurrently(*(lambda id=id: backend.workspaces.remove(id, wait=20) for id in made)))
+            assert all(gone
+                       for _, gone in concurrently(*(lambda id=id: backend.workspaces.remove(id, wait=20)
+                                                     for id in made)))
     try:
-        while not backend.workspaces.connected:
+        while not backend.keeper.connected:
             time.sleep(0.05)
         rounds(2)
         time.sleep(1)

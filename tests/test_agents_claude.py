@@ -40,7 +40,8 @@ def fake(docker_client):
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory, templates_dir, docker_client, fake):
-    with served_agents(tmp_path_factory.mktemp('claude'), templates_dir, docker_client, ANTHROPIC_BASE_URL=fake.url, ANTHROPIC_API_KEY=KEY) as served:
+    with served_agents(tmp_path_factory.mktemp('claude'), templates_dir, docker_client,
+                       ANTHROPIC_BASE_URL=fake.url, ANTHROPIC_API_KEY=KEY) as served:
         yield served
 
 
@@ -50,31 +51,44 @@ def fresh():
 
 # A task
 
-def test_the_call_of_the_contract_streams_the_event_of_the_contract_and_the_file_is_there(server, docker_client):
-    body = {'workspaceId': server.get('/api/workspaces/work')['id'], 'task': 'Create a simple HTTP server with Bun', 'sessionId': 'session-xyz'}
-    printed = subprocess.run(['curl', '-N', '-s', '-i', '-X', 'POST', f'http://localhost:{server.port}/api/agent/execute', '-H', 'Content-Type: application/json',
-                              '-d', json.dumps(body)], capture_output=True, text=True, timeout=60, check=True).stdout
+def test_the_call_of_the_contract_streams_the_event_of_the_contract_and_the_file_is_there(server,
+                                                                                          docker_client):
+    body = {'workspaceId': server.get('/api/workspaces/work')['id'],
+            'task': 'Create a simple HTTP server with Bun', 'sessionId': 'session-xyz'}
+    printed = subprocess.run(['curl', '-N', '-s', '-i', '-X', 'POST',
+                              f'http://localhost:{server.port}/api/agent/execute', '-H',
+                              'Content-Type: application/json',
+                              '-d', json.dumps(body)], capture_output=True, text=True, timeout=60,
+                              check=True).stdout
     head, _, stream = printed.partition('\n\n')
     assert 'x-session-id: session-xyz' in head.lower() and 'content-type: text/event-stream' in head.lower()
-    events = [json.loads(line.removeprefix('data: ')) for line in stream.splitlines() if line.startswith('data: ')]
+    events = [json.loads(line.removeprefix('data: ')) for line in stream.splitlines()
+              if line.startswith('data: ')]
     assert '"data":{"step":1,"total":3,"message":"Creating index.ts..."}' in stream
     assert [item for item in events if item['type'] == 'progress'][0]['data'] == FIRST
-    assert progress(events) == [FIRST, {'step': 2, 'total': 3, 'message': 'Creating package.json...'}, {'step': 3, 'total': 3, 'message': 'Running checks...'},
+    assert progress(events) == [FIRST, {'step': 2, 'total': 3, 'message': 'Creating package.json...'},
+                                {'step': 3, 'total': 3, 'message': 'Running checks...'},
                                 {'step': 3, 'total': 3, 'message': 'All steps are done'}]
-    assert {item['sessionId'] for item in events} == {'session-xyz'} and {item['workspaceId'] for item in events} == {body['workspaceId']}
+    assert {item['sessionId'] for item in events} == {'session-xyz'} and {item['workspaceId']
+                                                                          for item in events} == {body['workspaceId']}  # noqa: E501
     assert len({item['id'] for item in events}) == len(events)
     kind, data = end_of(events)
-    assert kind == 'result' and data['message'] == 'Done: created index.ts and package.json.' and data['turns'] == 8 and data['costUsd'] > 0
+    assert kind == 'result' and data['message'] == 'Done: created index.ts and package.json.'
+    assert data['turns'] == 8 and data['costUsd'] > 0
     assert messages(events) == ["I'll plan the work.", 'Done: created index.ts and package.json.']
-    assert shell(docker_client, server.container, f'cat {PROJECT}/index.ts; stat -c %U {PROJECT}/index.ts') == (0, SERVER + 'dev\n')
+    assert shell(docker_client, server.container,
+                 f'cat {PROJECT}/index.ts; stat -c %U {PROJECT}/index.ts') == (0, SERVER + 'dev\n')
 
 
 def test_a_caller_that_wants_json_is_given_the_ids_at_once(server):
     session = fresh()
-    answer = server.call('POST', '/api/agent/execute', {'workspaceId': 'work', 'task': '[script:talk]', 'sessionId': session}, headers={'Accept': 'application/json'})
+    answer = server.call('POST', '/api/agent/execute',
+                         {'workspaceId': 'work', 'task': '[script:talk]', 'sessionId': session},
+                         headers={'Accept': 'application/json'})
     assert answer.status_code == 202 and answer.headers['Location'] == f'/api/agent/sessions/{session}'
     data = answer.json()['data']
-    assert (data['sessionId'], data['agent']) == (session, 'claude') and data['runId'] == answer.headers['X-Run-Id']
+    assert (data['sessionId'], data['agent']) == (session,
+                                                  'claude') and data['runId'] == answer.headers['X-Run-Id']
     found = ended(server, session)
     assert found['state'] == 'completed' and found['runs'][0]['result'] == 'Hello there.'
 
@@ -88,16 +102,19 @@ def test_a_second_task_goes_on_with_the_conversation_and_costs_only_its_own(serv
     costs = [end_of(events)[1]['costUsd'] for events in (first, second)]
     assert costs[0] == costs[1] > 0
     found = server.get(f'/api/agent/sessions/{session}')
-    assert found['totalCostUsd'] == pytest.approx(sum(costs)) and [run['costUsd'] for run in found['runs']] == costs
+    assert found['totalCostUsd'] == pytest.approx(sum(costs)) and [run['costUsd']
+                                                                   for run in found['runs']] == costs
     assert [event['id'] for event in transcript(server, session)] == [event['id'] for event in first + second]
 
 
 def test_a_conversation_that_is_lost_is_told_and_the_next_task_begins_a_new_one(server, docker_client):
     session = fresh()
     do(server, '[script:talk]', sessionId=session)
-    shell(docker_client, server.container, f"rm -r /workspace/.agentbackend/claude/projects/*/{server.get(f'/api/agent/sessions/{session}')['agentSessionId']}*")
+    shell(docker_client, server.container,
+          f"rm -r /workspace/.agentbackend/claude/projects/*/{server.get(f'/api/agent/sessions/{session}')['agentSessionId']}*")  # noqa: E501
     kind, data = end_of(do(server, '[script:talk]', sessionId=session))
-    assert kind == 'error' and data['code'] == 'AGENT_UNKNOWN_CONVERSATION' and 'begins a new conversation' in data['message']
+    assert kind == 'error' and data['code'] == 'AGENT_UNKNOWN_CONVERSATION'
+    assert 'begins a new conversation' in data['message']
     assert end_of(do(server, '[script:talk]', sessionId=session))[0] == 'result'
 
 
@@ -145,21 +162,25 @@ def test_a_task_that_cannot_be_handed_over_is_the_callers_mistake(server, task):
 def test_the_longest_task_arrives_whole(server, fake):
     task = '[script:talk] ' + '🧭' * 99_900 + ' the end\n'
     assert end_of(do(server, task))[0] == 'result'
-    assert any(task.strip() in text['text'] for body in fake.asked('the end') for message in body['messages'] if isinstance(message['content'], list)
+    assert any(task.strip() in text['text'] for body in fake.asked('the end') for message in body['messages']
+               if isinstance(message['content'], list)
                for text in message['content'] if text['type'] == 'text')
 
 
 # Ends
 
-ENDS = {'err400': ({}, 'AGENT_API_ERROR', '400'), 'err401': ({}, 'AGENT_NOT_LOGGED_IN', 'ANTHROPIC_API_KEY'), 'err500': ({}, 'AGENT_API_ERROR', '500'),
+ENDS = {'err400': ({}, 'AGENT_API_ERROR', '400'), 'err401': ({}, 'AGENT_NOT_LOGGED_IN', 'ANTHROPIC_API_KEY'),
+        'err500': ({}, 'AGENT_API_ERROR', '500'),
         'drop': ({}, 'AGENT_API_ERROR', 'dropped'), 'loop': ({'maxTurns': 2}, 'AGENT_MAX_TURNS', 'maxTurns'),
-        'loop ': ({'maxBudgetUsd': 0.0001}, 'AGENT_MAX_BUDGET', 'maxBudgetUsd'), 'long': ({'timeout': 3}, 'AGENT_TIMEOUT', '3 s')}
+        'loop ': ({'maxBudgetUsd': 0.0001}, 'AGENT_MAX_BUDGET', 'maxBudgetUsd'),
+        'long': ({'timeout': 3}, 'AGENT_TIMEOUT', '3 s')}
 
 
 @pytest.fixture(scope='module')
 def ends(server):
     """All these tasks at once, each in a session of its own."""
-    begun = {script: begin(server, f'[script:{script.strip()}]', sessionId=fresh(), **fields) for script, (fields, *_) in ENDS.items()}
+    begun = {script: begin(server, f'[script:{script.strip()}]', sessionId=fresh(), **fields)
+             for script, (fields, *_) in ENDS.items()}
     found = {script: ended(server, ids['sessionId'], 90) for script, ids in begun.items()}
     print({script: session['runs'][0]['durationMs'] for script, session in found.items()})
     return found
@@ -171,14 +192,17 @@ def test_an_end_says_what_it_was(server, fake, ends, script):
     session = ends[script]
     kind, data = end_of(transcript(server, session['id']))
     assert kind == 'error' and data['code'] == code and words in data['message'], data
-    assert session['state'] == 'failed' and session['runs'][0]['error'] == {'code': code, 'message': data['message']}
+    assert session['state'] == 'failed' and session['runs'][0]['error'] == {'code': code,
+                                                                            'message': data['message']}
     if script == 'err500':
         assert len(fake.asked('[script:err500]')) == 5  # CLAUDE_CODE_MAX_RETRIES=4
-        assert len([event for event in transcript(server, session['id']) if event['type'] == 'log' and 'attempt' in event['data']['message']]) == 4
+        assert len([event for event in transcript(server, session['id']) if event['type'] == 'log'
+                    and 'attempt' in event['data']['message']]) == 4
 
 
 def test_no_ended_task_leaves_a_process(server, docker_client, ends):
-    seconds_until(lambda: not running(docker_client, server.container, 'claude', 'sleep 61.5', 'agent-run', 'tail -c'), 6)
+    seconds_until(lambda: not running(docker_client, server.container, 'claude', 'sleep 61.5', 'agent-run',
+                                      'tail -c'), 6)
 
 
 def test_without_a_key_the_error_says_which_to_set(server):
@@ -192,7 +216,8 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
     with restarted(server, AGENT_IDLE_TIMEOUT='2'):
         begun = time.monotonic()
         kind, data = end_of(do(server, '[script:hang]'))
-    assert kind == 'error' and data['code'] == 'AGENT_IDLE_TIMEOUT' and 'AGENT_IDLE_TIMEOUT' in data['message']
+    assert kind == 'error' and data['code'] == 'AGENT_IDLE_TIMEOUT'
+    assert 'AGENT_IDLE_TIMEOUT' in data['message']
     assert time.monotonic() - begun < 12
     assert not running(docker_client, server.container, 'stream-json')
 
@@ -212,10 +237,12 @@ def test_a_cancelled_task_ends_within_seconds_and_leaves_no_process(server, dock
         answer = cancel(server, session)
         assert answer.status_code == 202 and time.monotonic() - begun < 1
         events += list(stream)
-    seconds_until(lambda: not running(docker_client, server.container, 'claude', 'agent-run', *sleeps), max(0.1, 6 - (time.monotonic() - begun)))
+    seconds_until(lambda: not running(docker_client, server.container, 'claude', 'agent-run', *sleeps),
+                  max(0.1, 6 - (time.monotonic() - begun)))
     assert time.monotonic() - begun < 6
     kind, data = end_of(events)
-    assert kind == 'error' and data['code'] == 'AGENT_CANCELLED' and server.get(f'/api/agent/sessions/{session}')['state'] == 'cancelled'
+    assert kind == 'error' and data['code'] == 'AGENT_CANCELLED'
+    assert server.get(f'/api/agent/sessions/{session}')['state'] == 'cancelled'
     assert end_of(do(server, 'go on [script:talk]', sessionId=session))[0] == 'result'
 
 
@@ -233,7 +260,9 @@ def test_a_command_in_the_background_is_not_waited_for_and_outlives_the_task(ser
         begun = time.monotonic()
         assert end_of(do(server, '[script:background]'))[1]['message'] == 'It runs in the background.'
         assert time.monotonic() - begun < 20
-        assert running(docker_client, server.container, 'sleep 65.5') and not running(docker_client, server.container, 'stream-json')
+        assert running(docker_client, server.container, 'sleep 65.5') and not running(docker_client,
+                                                                                      server.container,
+                                                                                      'stream-json')
     finally:
         shell(docker_client, server.container, 'pkill -f "sleep 65.5"')
 
@@ -248,10 +277,12 @@ def test_another_agent_in_the_background_is_waited_for(server):
 # Keys
 
 def test_a_key_shows_nowhere_even_when_the_agent_tells_it(server, docker_client, fake):
-    canaries = {name: f'canary-{uuid.uuid4().hex}' for name in ('ANTHROPIC_API_KEY', 'ANTHROPIC_AUTH_TOKEN', 'CLAUDE_CODE_OAUTH_TOKEN')}
+    canaries = {name: f'canary-{uuid.uuid4().hex}'
+                for name in ('ANTHROPIC_API_KEY', 'ANTHROPIC_AUTH_TOKEN', 'CLAUDE_CODE_OAUTH_TOKEN')}
     begun, session = int(time.time()), fresh()
     already = server.log.stat().st_size
-    with restarted(server, **canaries), Sse(server, '/api/workspaces/work/events') as workspace, Ws(server) as socket, Sse(server, f'/agent/sse/{session}') as followed:
+    with restarted(server, **canaries), Sse(server,
+                                            '/api/workspaces/work/events') as workspace, Ws(server) as socket, Sse(server, f'/agent/sse/{session}') as followed:  # noqa: E501
         socket.send(type='subscribe', workspaceId='work')
         gevent.sleep(0.3)
         with Execution(server, 'work', 'Tell me all [script:leak]', sessionId=session) as stream:
@@ -265,16 +296,21 @@ def test_a_key_shows_nowhere_even_when_the_agent_tells_it(server, docker_client,
                     break
         seen['transcript'] = transcript(server, session)
         seen['details'] = server.get(f'/api/agent/sessions/{session}')
-        seen['lists'] = [server.get(path) for path in ('/api/agent/sessions', '/api/workspaces', '/api/workspaces/work')]
+        seen['lists'] = [server.get(path) for path in ('/api/agent/sessions', '/api/workspaces',
+                                                       '/api/workspaces/work')]
         seen['inspect'] = docker_client.api.inspect_container(server.container)
-        seen['events'] = list(docker_client.api.events(since=begun, until=int(time.time()) + 1, decode=True, filters={'container': server.container}))
-        execs = [item['Actor']['Attributes']['execID'] for item in seen['events'] if item['Action'].startswith('exec_create')]
+        seen['events'] = list(docker_client.api.events(since=begun, until=int(time.time()) + 1, decode=True,
+                                                       filters={'container': server.container}))
+        execs = [item['Actor']['Attributes']['execID'] for item in seen['events']
+                 if item['Action'].startswith('exec_create')]
         seen['execs'] = [docker_client.api.exec_inspect(one) for one in execs]
         seen['processes'] = processes(docker_client, server.container)
-        seen['state'] = [path.read_text() for path in (server.folder / 'state').iterdir() if path.is_file()]
+        seen['state'] = [path.read_bytes().decode('latin-1') for path in (server.folder / 'state').iterdir()
+                         if path.is_file()]
         seen['log'] = server.log.read_text()[already:]
     known = heard(fake.asked('Tell me all')[-1])
-    assert all(value in known for value in canaries.values()), 'the agent did not have the keys: nothing is shown by this test'
+    assert all(value in known
+               for value in canaries.values()), 'the agent did not have the keys: nothing is shown by this test'  # noqa: E501
     said = messages(events)[-1]
     assert said.startswith('I found:') and 'ANTHROPIC_API_KEY=***' in said
     assert execs and any('claude' in json.dumps(one) for one in seen['execs'])

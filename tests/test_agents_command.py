@@ -1,4 +1,5 @@
-"""An agent that is a script: whatever it does, its task ends honestly, is told to all who listen, and leaves nothing behind."""
+"""An agent that is a script: whatever it does, its task ends honestly, is told to all who listen, and leaves
+nothing behind."""
 import itertools
 import json
 import time
@@ -32,7 +33,8 @@ numbers = itertools.count(1)
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory, templates_dir, docker_client):
-    with served_agents(tmp_path_factory.mktemp('command'), templates_dir, docker_client, AGENT_COMMAND='node /workspace/agent.js', DEFAULT_AGENT='command',
+    with served_agents(tmp_path_factory.mktemp('command'), templates_dir, docker_client,
+                       AGENT_COMMAND='node /workspace/agent.js', DEFAULT_AGENT='command',
                        AGENT_MAX_TASKS='3', STOP_TIMEOUT='3') as served:
         put(docker_client, served.container, 'agent.js', SCRIPT)
         yield served
@@ -56,7 +58,8 @@ def followed(server, path, **options):
 
 def test_what_it_prints_become_events(server):
     events = do(server, 'say hello there')
-    assert told(events)[1:3] == [('progress', {'step': 1, 'total': 2, 'message': 'hello there'}), ('message', {'message': 'said'})]
+    assert told(events)[1:3] == [('progress', {'step': 1, 'total': 2, 'message': 'hello there'}),
+                                 ('message', {'message': 'said'})]
     assert end_of(events)[0] == 'result' and end_of(events)[1]['message'] == 'ok'
 
 
@@ -71,7 +74,8 @@ def test_garbage_is_told_as_text_and_harms_nobody(server):
     with Sse(server, '/api/workspaces/work/events?tail=0') as workspace:
         next(iter(workspace))
         events = do(server, 'garbage')
-        assert end_of(events)[0] == 'result' and '{"type": []}' in messages(events) and '\u2028 strange' in messages(events)
+        assert end_of(events)[0] == 'result' and '{"type": []}' in messages(events)
+        assert '\u2028 strange' in messages(events)
         seen = messages_until(workspace, lambda event: event['type'] in ('result', 'error'))
     assert told(seen)[-len(events):] == told(events)
     assert 'NaN' not in json.dumps([event['data'] for event in events if event['type'] == 'progress'])
@@ -81,11 +85,13 @@ def test_garbage_is_told_as_text_and_harms_nobody(server):
 def test_half_a_line_and_a_crash_is_a_failure_that_quotes_the_last_words(server):
     events = do(server, 'half')
     kind, data = end_of(events)
-    assert kind == 'error' and data['code'] == 'AGENT_FAILED' and '139' in data['message'] and 'it broke' in data['message']
+    assert kind == 'error' and data['code'] == 'AGENT_FAILED' and '139' in data['message']
+    assert 'it broke' in data['message']
     assert messages(events) == ['whole', '{"type":"message","data":{"mess']
 
 
-@pytest.mark.parametrize('task, code, words', [('exit 3', 'AGENT_FAILED', 'sorry'), ('fail', 'MY_CODE', 'as told')])
+@pytest.mark.parametrize('task, code, words', [('exit 3', 'AGENT_FAILED', 'sorry'),
+                                               ('fail', 'MY_CODE', 'as told')])
 def test_a_failure_is_told_with_its_reason(server, task, code, words):
     kind, data = end_of(do(server, task))
     assert kind == 'error' and data['code'] == code and words in data['message']
@@ -133,7 +139,8 @@ def test_limits_of_silence_of_time_and_of_output(server, docker_client):
     with restarted(server, AGENT_IDLE_TIMEOUT='1.5', AGENT_TIMEOUT='4', AGENT_MAX_OUTPUT='1m'):
         silent, chatter = begin(server, 'silent')['sessionId'], begin(server, 'chatter')['sessionId']
         own = begin(server, 'chatter', timeout=1)['sessionId']
-        for session, code in ((silent, 'AGENT_IDLE_TIMEOUT'), (chatter, 'AGENT_TIMEOUT'), (own, 'AGENT_TIMEOUT'), (flood(server), 'AGENT_MAX_OUTPUT')):
+        for session, code in ((silent, 'AGENT_IDLE_TIMEOUT'), (chatter, 'AGENT_TIMEOUT'),
+                              (own, 'AGENT_TIMEOUT'), (flood(server), 'AGENT_MAX_OUTPUT')):
             ended(server, session)
             assert end_of(transcript(server, session))[1]['code'] == code
     assert not running(docker_client, server.container, 'agent.js')
@@ -166,9 +173,13 @@ def test_a_stream_begins_before_its_session_goes_on_after_an_id_and_holds_every_
     with Sse(server, f'/agent/sse/{session}') as stream:
         first = begin(server, 'count 5', sessionId=session)
         events = messages_until(stream, lambda event: event['type'] == 'result')
-    assert stream.headers['content-type'].startswith('text/event-stream') and stream.retry and stream.comments and stream.names <= {'id', 'data'}
-    assert [event['id'] for event in events] == ['1-0-0', *(f'1-{n}-0' for n in range(1, 6)), '1-end-0'] and events[0]['data']['runId'] == first['runId']
-    assert [event['id'] for event in followed(server, f'/agent/sse/{session}', after='1-3-0')] == ['1-4-0', '1-5-0', '1-end-0']
+    assert stream.headers['content-type'].startswith('text/event-stream') and stream.retry and stream.comments
+    assert stream.names <= {'id', 'data'}
+    assert [event['id'] for event in events] == ['1-0-0', *(f'1-{n}-0' for n in range(1, 6)),
+                                                 '1-end-0'] and events[0]['data']['runId'] == first['runId']
+    assert [event['id'] for event in followed(server, f'/agent/sse/{session}', after='1-3-0')] == ['1-4-0',
+                                                                                                   '1-5-0',
+                                                                                                   '1-end-0']
     assert [event['id'] for event in followed(server, f'/agent/sse/{session}?after=1-5-0')] == ['1-end-0']
     with Sse(server, f'/agent/sse/{session}', after='1-end-0') as stream:
         begin(server, 'say more', sessionId=session)
@@ -190,7 +201,8 @@ def test_readers_of_the_workspace_see_the_same_events(server):
         socket.send(type='subscribe', workspaceId='work')
         assert next(iter(stream))['type'] == next(iter(socket))['type'] == 'status'
         begin(server, 'count 20', sessionId=session)
-        seen = [[event for event in messages_until(one, lambda event: event['type'] == 'result') if event.get('sessionId') == session] for one in (stream, socket)]
+        seen = [[event for event in messages_until(one, lambda event: event['type'] == 'result')
+                 if event.get('sessionId') == session] for one in (stream, socket)]
     whole = transcript(server, session)
     assert len(whole) == 22 and told(seen[0]) == told(seen[1]) == told(whole)
 
@@ -201,9 +213,11 @@ def test_a_transcript_is_given_in_pages(server):
     path = f'/api/agent/sessions/{session}/events'
     page = server.get(f'{path}?limit=10')
     assert len(page['events']) == 10 and page['next'] == page['events'][-1]['id'] == '1-9-0'
-    assert [event['data'].get('step') for event in server.get(f"{path}?limit=10&after={page['next']}")['events']] == list(range(10, 20))
+    assert [event['data'].get('step')
+            for event in server.get(f"{path}?limit=10&after={page['next']}")['events']] == list(range(10, 20))
     assert server.get(f'{path}?limit=27')['next'] is None
-    assert [event['data']['step'] for event in progress_events(transcript(server, session, limit=4))] == list(range(1, 26))
+    assert [event['data']['step'] for event in progress_events(transcript(server, session,
+                                                                          limit=4))] == list(range(1, 26))
     assert server.call('GET', '/api/agent/sessions/nobody/events').json()['code'] == 'SESSION_NOT_FOUND'
 
 
@@ -217,9 +231,12 @@ def test_sessions_are_listed_filtered_and_deleted_with_what_their_runs_left(serv
     do(server, 'exit 4', sessionId=session)
     do(server, 'say twice', sessionId=session)
     found = server.get(f'/api/agent/sessions/{session}')
-    assert [(run['number'], run['state'], run['task']) for run in found['runs']] == [(1, 'failed', 'exit 4'), (2, 'completed', 'say twice')]
+    assert [(run['number'], run['state'], run['task']) for run in found['runs']] == [(1, 'failed', 'exit 4'),
+                                                                                     (2, 'completed',
+                                                                                      'say twice')]
     assert found['state'] == 'completed' and found['agent'] == 'command'
-    for query, there in (('', True), ('?workspaceId=work', True), ('?agent=command', True), ('?state=completed', True), ('?agent=claude', False), ('?state=failed', False)):
+    for query, there in (('', True), ('?workspaceId=work', True), ('?agent=command', True),
+                         ('?state=completed', True), ('?agent=claude', False), ('?state=failed', False)):
         assert (session in [item['id'] for item in server.get(f'/api/agent/sessions{query}')]) is there, query
     folders = ' '.join(f"/workspace/.agentbackend/runs/{run['id']}" for run in found['runs'])
     assert shell(docker_client, server.container, f'ls {folders}')[0] == 0
@@ -239,7 +256,8 @@ def test_a_workspaces_id_is_no_session(server):
 
 # What dies meanwhile
 
-def test_a_server_that_was_killed_leaves_nobody_reading_and_its_agent_may_be_unknown_to_the_next(server, docker_client):
+def test_a_server_that_was_killed_leaves_nobody_reading_and_its_agent_may_be_unknown_to_the_next(server,
+                                                                                                 docker_client):
     session = fresh()
     begin(server, 'wait 4', sessionId=session)
     until_started(server, session)
@@ -272,7 +290,8 @@ def test_a_run_that_ended_before_its_container_did_has_its_own_end(server, docke
 
 DEATHS = {'stopped': lambda server, container: server.call('POST', '/api/workspaces/dying/stop'),
           'restarted': lambda server, container: server.call('POST', '/api/workspaces/dying/restart'),
-          'killed': lambda server, container: container.kill(), 'restarted-outside': lambda server, container: container.restart(timeout=1),
+          'killed': lambda server, container: container.kill(), 'restarted-outside': lambda server,
+          container: container.restart(timeout=1),
           'deleted': lambda server, container: server.call('DELETE', '/api/workspaces/dying')}
 
 
@@ -294,7 +313,8 @@ def test_a_workspace_that_goes_away_interrupts_its_task_and_says_so_last(server,
         if death != 'deleted':
             assert ended(server, session)['state'] == 'failed'
             assert told(transcript(server, session)) == told(events), death
-    server.until(lambda: server.call('GET', f'/api/agent/sessions/{session}').json().get('code') == 'SESSION_NOT_FOUND')
+    server.until(lambda: server.call('GET',
+                                     f'/api/agent/sessions/{session}').json().get('code') == 'SESSION_NOT_FOUND')  # noqa: E501
 
 
 def test_an_agent_workspace_lives_as_long_as_its_task_and_its_ttl_after_that(server, docker_client):
@@ -304,5 +324,6 @@ def test_an_agent_workspace_lives_as_long_as_its_task_and_its_ttl_after_that(ser
     server.call('PATCH', '/api/workspaces/brief', {'ttl': 3})
     assert ended(server, session)['runs'][0]['result'] == 'waited'
     over = time.monotonic()
-    seconds_until(lambda: server.call('GET', '/api/workspaces/brief').json().get('data', {}).get('status') != 'running', 15)
+    seconds_until(lambda: server.call('GET', '/api/workspaces/brief').json().get('data',
+                                                                                 {}).get('status') != 'running', 15)  # noqa: E501
     assert 1.5 < time.monotonic() - over < 8

@@ -1,4 +1,5 @@
-"""A task of ten thousand events, each told once and in order to everybody who comes back, whatever dies in between."""
+"""A task of ten thousand events, each told once and in order to everybody who comes back, whatever dies in
+between."""
 import contextlib
 import random
 import subprocess
@@ -14,11 +15,12 @@ from test_adoption import OwnEngine
 COUNT = 10_000
 # 50 events every tenth of a second or so.
 STEP = '{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}'
-AGENT = f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP.replace('%d', str(COUNT))}"; done; sleep 0.08; done'"""
+AGENT = f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP.replace('%d', str(COUNT))}"; done; sleep 0.08; done'"""  # noqa: E501
 
 
 class Follower:
-    """A client that is cut off again and again, and comes back with the id of the last event that it has seen."""
+    """A client that is cut off again and again, and comes back with the id of the last event that it has
+    seen."""
 
     def __init__(self, server, path, seed):
         self.server, self.path, self.dice = server, path, random.Random(seed)
@@ -52,7 +54,8 @@ class Follower:
 
 
 def settings_of(folder):
-    return {'TEMPLATES_DIR': str(folder), 'DEFAULT_TEMPLATE': 'agents', 'AGENT_COMMAND': AGENT, 'DEFAULT_AGENT': 'command', 'LOG_LEVEL': 'info'}
+    return {'TEMPLATES_DIR': str(folder), 'DEFAULT_TEMPLATE': 'agents', 'AGENT_COMMAND': AGENT,
+            'DEFAULT_AGENT': 'command', 'LOG_LEVEL': 'info'}
 
 
 def die_and_come_back(served, die, until_done, *, times):
@@ -66,11 +69,13 @@ def die_and_come_back(served, die, until_done, *, times):
 
 
 def follow(served, die, *, times):
-    """Run the task with a client of its session and one of its workspace; return both, and how often something died."""
+    """Run the task with a client of its session and one of its workspace; return both, and how often
+    something died."""
     workspace = served.running('work')
     served.settings['PORT'] = str(served.port)  # clients come back to where they were
     session = 'exact'
-    followers = [Follower(served, f'/agent/sse/{session}', 1), Follower(served, f"/api/workspaces/{workspace['id']}/events", 2)]
+    followers = [Follower(served, f'/agent/sse/{session}', 1),
+                 Follower(served, f"/api/workspaces/{workspace['id']}/events", 2)]
     jobs = [gevent.spawn(one.run) for one in followers]
     gevent.sleep(0.3)  # the one of the workspace is there before the task
     begin(served, 'count', sessionId=session)
@@ -106,7 +111,8 @@ def test_each_event_of_a_session_comes_once_and_in_order_over_ten_kills_of_the_s
     served, session, _, deaths = killed
     assert deaths == 10 and session.cuts >= 100, 'it was not disturbed enough to mean something'
     assert session.steps == list(range(1, COUNT + 1))
-    assert session.events[0][0] == 'log' and session.events[-1][0] == 'result' and len(session.events) == COUNT + 2
+    assert session.events[0][0] == 'log' and session.events[-1][0] == 'result'
+    assert len(session.events) == COUNT + 2
     assert session.events == [(event['type'], event['data']) for event in transcript(served, 'exact')]
 
 
@@ -132,7 +138,8 @@ def test_each_event_comes_once_and_in_order_over_deaths_of_the_engine(tmp_path_f
     folder, base = agents_template
     place, network = tmp_path_factory.mktemp('engine'), Network()
     engine = OwnEngine(place, network, '--live-restore').start()
-    served = Served(place, folder, network=network, DOCKER_HOST=f'unix://{engine.socket}', **settings_of(folder))
+    served = Served(place, folder, network=network, DOCKER_HOST=f'unix://{engine.socket}',
+                    **settings_of(folder))
     try:
         with subprocess.Popen(['docker', 'save', base], stdout=subprocess.PIPE) as saved:
             engine.client.images.load(saved.stdout)

@@ -1,4 +1,5 @@
-"""The contract's own client code, letter for letter, in a real browser, in Bun and in Node; and how their WebSockets end."""
+"""The contract's own client code, letter for letter, in a real browser, in Bun and in Node; and how their
+WebSockets end."""
 import functools
 import http.server
 import json
@@ -10,6 +11,7 @@ import threading
 
 import javascript
 import pytest
+from helpers import give_records
 
 CONTRACT = javascript.CLIENTS / 'contract'
 PORT = 3100  # the contract's code has it
@@ -27,8 +29,10 @@ class Browser:
         handler = functools.partial(QuietHandler, directory=str(pages))
         self.pages = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
         threading.Thread(target=self.pages.serve_forever, daemon=True).start()
-        self._process = subprocess.Popen(['node', str(javascript.CLIENTS / 'browse.cjs'), shutil.which('chromium') or '/usr/bin/chromium'], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=javascript.environment(packages))
+        self._process = subprocess.Popen(['node', str(javascript.CLIENTS / 'browse.cjs'),
+                                          shutil.which('chromium') or '/usr/bin/chromium'], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         env=javascript.environment(packages))
 
     def do(self, command, **options):
         """Let the browser do something, and return what comes of it."""
@@ -61,12 +65,18 @@ def pages(tmp_path_factory, packages):
     folder = tmp_path_factory.mktemp('pages')
     for name in ('websocket', 'eventsource'):
         shutil.copy(CONTRACT / f'{name}.js', folder)
-        (folder / f'{name}.html').write_text(f'<!doctype html><meta charset="utf-8"><title>{name}</title><body><script src="{name}.js"></script></body>')
+        (folder / f'{name}.html').write_text('<!doctype html><meta '
+                                             f'charset="utf-8"><title>{name}</title><body><script '
+                                             f'src="{name}.js"></script></body>')
     # The contract's component is not exported; that is all that is added.
-    (folder / 'contract-react.tsx').write_text((CONTRACT / 'react.tsx').read_text() + 'export { WorkspaceStatus };\n')
-    subprocess.run([javascript.esbuild(packages), str(javascript.CLIENTS / 'page.tsx'), '--bundle', '--jsx=automatic', f'--outfile={folder}/react.js', '--log-level=error',
-                    f'--alias:contract-react={folder}/contract-react.tsx'], check=True, env=javascript.environment(packages), cwd=folder, timeout=60)
-    (folder / 'react.html').write_text('<!doctype html><meta charset="utf-8"><title>React</title><body><div id="root"></div><script src="react.js"></script></body>')
+    (folder / 'contract-react.tsx').write_text((CONTRACT / 'react.tsx').read_text()
+                                               + 'export { WorkspaceStatus };\n')
+    subprocess.run([javascript.esbuild(packages), str(javascript.CLIENTS / 'page.tsx'), '--bundle',
+                    '--jsx=automatic', f'--outfile={folder}/react.js', '--log-level=error',
+                    f'--alias:contract-react={folder}/contract-react.tsx'], check=True,
+                    env=javascript.environment(packages), cwd=folder, timeout=60)
+    (folder / 'react.html').write_text('<!doctype html><meta charset="utf-8"><title>React</title><body><div '
+                                       'id="root"></div><script src="react.js"></script></body>')
     return folder
 
 
@@ -79,7 +89,8 @@ def browser(packages, pages):
 
 @pytest.fixture
 def server(make_server, own_templates):
-    """A server on the port that the contract's code has, on which its template is a small one, and with its workspace ws-abc123."""
+    """A server on the port that the contract's code has, on which its template is a small one, and with its
+    workspace ws-abc123."""
     folder, add_template = own_templates
     add_template('bun-typescript')
     with socket.socket() as sock:
@@ -87,8 +98,9 @@ def server(make_server, own_templates):
         sock.bind(('127.0.0.1', PORT))  # fails when another program has it, and says so
     server = make_server(PORT=str(PORT), TEMPLATES_DIR=str(folder))
     server.kill()
-    record = {'id': 'ws-abc123', 'name': 'myold', 'folder': 'myold', 'type': 'persistent', 'template': 'tiny', 'created_at': 1.0, 'status': 'error', 'error': 'made up'}
-    (server.folder / 'state' / f'{server.instance}.json').write_text(json.dumps({'version': 1, 'workspaces': [record]}))
+    record = {'id': 'ws-abc123', 'name': 'myold', 'folder': 'myold', 'type': 'persistent', 'template': 'tiny',
+              'created_at': 1.0, 'status': 'error', 'error': 'made up'}
+    give_records(server, record)
     return server.start()
 
 
@@ -119,10 +131,12 @@ def test_the_event_source_of_the_contract_stays_open_for_a_session_to_come(serve
 
 
 def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_server(server, browser):
-    workspace = server.running('lines', env={'PRINT': 'n=0; while :; do echo line $n; n=$((n+1)); usleep 20000; done &'})
+    workspace = server.running('lines',
+                               env={'PRINT': 'n=0; while :; do echo line $n; n=$((n+1)); usleep 20000; done '
+                                             '&'})
     browser.open('eventsource.html')
     browser.do('evaluate', code=f"""window.lines = []; window.source = new EventSource('http://localhost:{PORT}/api/workspaces/{workspace['id']}/events?tail=100000');
-        source.onmessage = event => {{ const m = JSON.parse(event.data); if (m.type == 'log') lines.push(m.data.message); }}; 1""")
+        source.onmessage = event => {{ const m = JSON.parse(event.data); if (m.type == 'log') lines.push(m.data.message); }}; 1""")  # noqa: E501
     server.until(lambda: len(browser.do('evaluate', code='lines')) > 20, 10)
     server.kill()
     server.start()
@@ -134,25 +148,31 @@ def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_serv
 
 @pytest.mark.parametrize('runtime', ['bun', 'node'])
 def test_the_node_client_of_the_contract_creates_and_lists(server, packages, tmp_path, runtime):
-    source = (CONTRACT / 'node.ts').read_text() + "console.log(JSON.stringify([await createWorkspace('myproject'), await listWorkspaces()]));\n"
+    source = (CONTRACT / 'node.ts').read_text() + "console.log(JSON.stringify([await createWorkspace('myproject'), await listWorkspaces()]));\n"  # noqa: E501
     (tmp_path / 'client.ts').write_text(source)
     command = [javascript.bun(packages), str(tmp_path / 'client.ts')]
     if runtime == 'node':
         # Node has no module named bun; its own fetch is the same function.
         (tmp_path / 'bun.mjs').write_text('const { fetch } = globalThis;\nexport { fetch };\n')
-        subprocess.run([javascript.esbuild(packages), str(tmp_path / 'client.ts'), '--bundle', '--platform=node', '--format=esm', f'--alias:bun={tmp_path}/bun.mjs',
-                        f'--outfile={tmp_path}/client.mjs', '--log-level=error'], check=True, cwd=tmp_path, timeout=60)
+        subprocess.run([javascript.esbuild(packages), str(tmp_path / 'client.ts'), '--bundle',
+                        '--platform=node', '--format=esm', f'--alias:bun={tmp_path}/bun.mjs',
+                        f'--outfile={tmp_path}/client.mjs', '--log-level=error'], check=True, cwd=tmp_path,
+                        timeout=60)
         command = ['node', str(tmp_path / 'client.mjs')]
-    made, listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
-    assert made['success'] and (made['data']['name'], made['data']['status']) == ('myproject', 'creating') and type(made['data']['codeServerPort']) is int
+    made, listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True,
+                                             timeout=30).stdout)
+    assert made['success'] and (made['data']['name'], made['data']['status']) == ('myproject',
+                                                                                  'creating') and type(made['data']['codeServerPort']) is int  # noqa: E501
     assert listed['success'] and made['data']['id'] in [item['id'] for item in listed['data']]
 
 
 @pytest.mark.parametrize('client', ['bun', 'node', 'ws'])
 def test_every_client_sees_the_real_close_codes(server, packages, client):
-    command = [javascript.bun(packages) if client == 'bun' else 'node', *(['--experimental-websocket'] if client == 'node' else []),
+    command = [javascript.bun(packages) if client == 'bun' else 'node',
+               *(['--experimental-websocket'] if client == 'node' else []),
                str(javascript.CLIENTS / 'closing.js'), str(server.port), 'ws' if client == 'ws' else 'native']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=javascript.environment(packages))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                               env=javascript.environment(packages))
     seen = {}
     for line in process.stdout:
         name, *rest = json.loads(line)

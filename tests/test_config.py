@@ -8,43 +8,59 @@ import sys
 import pytest
 from conftest import ROOT
 
-from agentbackend import Config, ConfigError
+from _agentbackend.config import Config
+from _agentbackend.errors import ConfigError
 
 GOOD = {  # a text that is not the default -> what Config makes of it
-    'PORT': ('8080', 8080), 'HOST': ('::1', '::1'), 'DOCKER_HOST': ('tcp://10.0.0.1:2376', 'tcp://10.0.0.1:2376'),
+    'PORT': ('8080', 8080), 'HOST': ('::1', '::1'),
+    'DOCKER_HOST': ('tcp://10.0.0.1:2376', 'tcp://10.0.0.1:2376'),
     'DOCKER_TLS_VERIFY': ('1', '1'), 'DOCKER_CERT_PATH': ('/certs', '/certs'),
-    'WORKSPACE_BASE_PATH': ('/srv/work/', '/srv/work'), 'LOG_LEVEL': ('Debug', 'DEBUG'), 'INSTANCE': ('lab-2', 'lab-2'),
+    'WORKSPACE_BASE_PATH': ('/srv/work/', '/srv/work'), 'LOG_LEVEL': ('Debug', 'DEBUG'),
+    'INSTANCE': ('lab-2', 'lab-2'),
     'API_TOKEN': ('secret', 'secret'), 'ALLOWED_HOSTS': ('dev.lan, box', ('dev.lan', 'box')),
     'ALLOWED_ORIGINS': ('https://a.example https://b.example', ('https://a.example', 'https://b.example')),
     'CODE_SERVER_PORTS': ('20000-20010', (20000, 20010)), 'SSH_PORTS': ('20011', (20011, 20011)),
     'CUSTOM_PORTS': ('20012-65535', (20012, 65535)), 'WORKSPACE_BIND_ADDRESS': ('0.0.0.0', '0.0.0.0'),
-    'WORKSPACE_HOST': ('dev.lan', 'dev.lan'), 'WORKSPACE_MEMORY': ('512m', 512 * 2**20), 'WORKSPACE_CPUS': ('0.5', 0.5),
-    'DEFAULT_AGENT': ('command', 'command'), 'AGENT_COMMAND': ("bash -c 'echo hi'", ('bash', '-c', 'echo hi')),
-    'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_OUTPUT': ('1m', 2**20), 'AGENT_MAX_TASKS': ('2', 2), 'ANTHROPIC_API_KEY': ('key', 'key'),
+    'WORKSPACE_HOST': ('dev.lan', 'dev.lan'), 'WORKSPACE_MEMORY': ('512m', 512 * 2**20),
+    'WORKSPACE_CPUS': ('0.5', 0.5),
+    'DEFAULT_AGENT': ('command', 'command'), 'AGENT_COMMAND': ("bash -c 'echo hi'",
+                                                               ('bash', '-c', 'echo hi')),
+    'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_OUTPUT': ('1m', 2**20),
+    'AGENT_MAX_TASKS': ('2', 2), 'KEEP_RUNS': ('7', 7), 'KEEP_RUNS_FOR': ('3600', 3600),
+    'WORKSPACE_NETWORK': ('bridge', 'bridge'), 'ANTHROPIC_API_KEY': ('key', 'key'),
     'ANTHROPIC_AUTH_TOKEN': ('token', 'token'), 'CLAUDE_CODE_OAUTH_TOKEN': ('oauth', 'oauth'),
     'ANTHROPIC_BASE_URL': ('http://gateway.lan', 'http://gateway.lan'),
     'WORKSPACE_PIDS': ('100', 100), 'AGENT_TTL': ('60', 60), 'DEFAULT_TEMPLATE': ('python', 'python'),
     'TEMPLATES_DIR': (str(ROOT), str(ROOT)), 'PREBUILD': ('blank,python', ('blank', 'python')),
-    'BASE_IMAGE': ('debian:trixie', 'debian:trixie'), 'DEBIAN_MIRROR': ('http://mirror.lan/debian', 'http://mirror.lan/debian'),
-    'EXTRA_CA_CERTS': (__file__, __file__), 'SSH_AUTHORIZED_KEYS': (__file__, __file__), 'READY_TIMEOUT': ('1.5', 1.5),
-    'STOP_TIMEOUT': ('3', 3), 'BUILD_TIMEOUT': ('7200', 7200), 'MAX_BODY': ('2k', 2048), 'REQUEST_TIMEOUT': ('0.5', 0.5),
+    'BASE_IMAGE': ('debian:trixie', 'debian:trixie'), 'BASE_IMAGE_TIMEOUT': ('300', 300),
+    'EXTRA_CA_CERTS': (__file__, __file__), 'SSH_AUTHORIZED_KEYS': (__file__, __file__),
+    'READY_TIMEOUT': ('1.5', 1.5),
+    'STOP_TIMEOUT': ('3', 3), 'BUILD_TIMEOUT': ('7200', 7200), 'MAX_BODY': ('2k', 2048),
+    'REQUEST_TIMEOUT': ('0.5', 0.5),
     'MAX_STREAMS': ('50', 50), 'STATE_DIR': ('/var/lib/agentbackend', '/var/lib/agentbackend'),
 }
 BAD = [
     ('PORT', 'abc'), ('PORT', '-1'), ('PORT', '65536'), ('PORT', '80.5'),
-    ('CODE_SERVER_PORTS', '8550-8443'), ('SSH_PORTS', '2223-65536'), ('CUSTOM_PORTS', '0-10'), ('SSH_PORTS', '2223-'),
+    ('CODE_SERVER_PORTS', '8550-8443'), ('SSH_PORTS', '2223-65536'), ('CUSTOM_PORTS', '0-10'),
+    ('SSH_PORTS', '2223-'),
     ('SSH_PORTS', 'a-b'), ('SSH_PORTS', '2223-2224-2225'),
-    ('WORKSPACE_MEMORY', '4 gigs'), ('WORKSPACE_MEMORY', '-4g'), ('WORKSPACE_MEMORY', '1.5g'), ('WORKSPACE_MEMORY', '0'),
+    ('WORKSPACE_MEMORY', '4 gigs'), ('WORKSPACE_MEMORY', '-4g'), ('WORKSPACE_MEMORY', '1.5g'),
+    ('WORKSPACE_MEMORY', '0'),
     ('MAX_BODY', 'much'), ('WORKSPACE_CPUS', '0'), ('WORKSPACE_CPUS', 'nan'), ('WORKSPACE_CPUS', 'two'),
-    ('WORKSPACE_PIDS', '0'), ('WORKSPACE_PIDS', 'many'), ('AGENT_TTL', '-5'), ('AGENT_TTL', '0'), ('AGENT_TTL', 'nan'), ('AGENT_TTL', 'inf'),
-    ('READY_TIMEOUT', '-1'), ('STOP_TIMEOUT', 'soon'), ('STOP_TIMEOUT', '0.5'), ('BUILD_TIMEOUT', '0'), ('REQUEST_TIMEOUT', '-0.1'),
+    ('WORKSPACE_PIDS', '0'), ('WORKSPACE_PIDS', 'many'), ('AGENT_TTL', '-5'), ('AGENT_TTL', '0'),
+    ('AGENT_TTL', 'nan'), ('AGENT_TTL', 'inf'),
+    ('READY_TIMEOUT', '-1'), ('STOP_TIMEOUT', 'soon'), ('STOP_TIMEOUT', '0.5'), ('BUILD_TIMEOUT', '0'),
+    ('REQUEST_TIMEOUT', '-0.1'),
     ('MAX_STREAMS', '0'), ('MAX_STREAMS', 'some'),
-    ('WORKSPACE_BASE_PATH', 'workspace'), ('WORKSPACE_BASE_PATH', '/'), ('WORKSPACE_BASE_PATH', '/a/../b'), ('WORKSPACE_BASE_PATH', '/a b'),
-    ('WORKSPACE_BASE_PATH', '/a\n'), ('WORKSPACE_BIND_ADDRESS', 'localhost'), ('WORKSPACE_BIND_ADDRESS', '300.0.0.1'),
+    ('WORKSPACE_BASE_PATH', 'workspace'), ('WORKSPACE_BASE_PATH', '/'), ('WORKSPACE_BASE_PATH', '/a/../b'),
+    ('WORKSPACE_BASE_PATH', '/a b'),
+    ('WORKSPACE_BASE_PATH', '/a\n'), ('WORKSPACE_BIND_ADDRESS', 'localhost'),
+    ('WORKSPACE_BIND_ADDRESS', '300.0.0.1'),
     ('INSTANCE', 'Lab'), ('INSTANCE', 'a/b'), ('INSTANCE', '-a'), ('INSTANCE', 'a' * 33), ('INSTANCE', 'a\n'),
     ('DEFAULT_TEMPLATE', '../etc'), ('DEFAULT_TEMPLATE', 'a\n'), ('LOG_LEVEL', 'loud'),
     ('HOST', '0.0.0.0'), ('HOST', '::'), ('HOST', '192.168.1.5'), ('HOST', 'dev.lan'),
-    ('EXTRA_CA_CERTS', '/nowhere/ca.pem'), ('EXTRA_CA_CERTS', '/'), ('SSH_AUTHORIZED_KEYS', '/nowhere/keys'), ('SSH_AUTHORIZED_KEYS', '/'),
+    ('EXTRA_CA_CERTS', '/nowhere/ca.pem'), ('EXTRA_CA_CERTS', '/'), ('SSH_AUTHORIZED_KEYS', '/nowhere/keys'),
+    ('SSH_AUTHORIZED_KEYS', '/'),
     ('TEMPLATES_DIR', '/nowhere'), ('TEMPLATES_DIR', __file__),
 ]
 
@@ -54,7 +70,8 @@ def readme_table():
     rows = ['| Variable | Default | What |', '| --- | --- | --- |']
     for item in dataclasses.fields(Config):
         default = item.metadata['default']
-        rows.append(f"| `{item.name.upper()}` | {f'`{default}`' if default else '-'} | {item.metadata['help']} |")
+        rows.append(f"| `{item.name.upper()}` | {f'`{default}`' if default else '-'} | "
+                    f"{item.metadata['help']} |")
     return '\n'.join(rows)
 
 
@@ -64,7 +81,8 @@ def cells(row):
 
 def run_server(**settings):
     env = {key: value for key, value in os.environ.items() if key not in ('API_TOKEN', 'HOST')} | settings
-    return subprocess.run([sys.executable, str(ROOT / 'agentbackend.py')], env=env, capture_output=True, text=True, timeout=20,
+    return subprocess.run([sys.executable, str(ROOT / 'agentbackend.py')], env=env, capture_output=True,
+                          text=True, timeout=20,
                           stdin=subprocess.DEVNULL)
 
 
@@ -76,7 +94,8 @@ def test_the_contracts_defaults_hold():
     config = Config.from_env({})
     assert (config.port, config.workspace_base_path, config.log_level) == (3100, '/workspace', 'INFO')
     assert (config.code_server_ports, config.ssh_ports) == ((8443, 8550), (2223, 2250))
-    assert (config.host, config.workspace_bind_address, config.default_template) == ('127.0.0.1', '127.0.0.1', 'bun-typescript')
+    assert (config.host, config.workspace_bind_address, config.default_template) == ('127.0.0.1', '127.0.0.1',
+                                                                                     'bun-typescript')
 
 
 @pytest.mark.parametrize('name', GOOD)
@@ -100,15 +119,19 @@ def test_nonsense_is_told_by_the_name_of_its_variable(name, text):
     assert re.match(rf'{name}\b', told) and '\n' not in told and told.endswith('.')
 
 
-@pytest.mark.parametrize(('one', 'other'), [('CODE_SERVER_PORTS', 'SSH_PORTS'), ('CODE_SERVER_PORTS', 'CUSTOM_PORTS'), ('SSH_PORTS', 'CUSTOM_PORTS')])
-@pytest.mark.parametrize('ranges', [('30000-30010', '30010-30020'), ('30010-30020', '30000-30010'), ('30000-30020', '30005'), ('30005', '30005')])
+@pytest.mark.parametrize(('one', 'other'), [('CODE_SERVER_PORTS', 'SSH_PORTS'),
+                                            ('CODE_SERVER_PORTS', 'CUSTOM_PORTS'),
+                                            ('SSH_PORTS', 'CUSTOM_PORTS')])
+@pytest.mark.parametrize('ranges', [('30000-30010', '30010-30020'), ('30010-30020', '30000-30010'),
+                                    ('30000-30020', '30005'), ('30005', '30005')])
 def test_ranges_that_overlap_are_refused(one, other, ranges):
     with pytest.raises(ConfigError, match=rf'^{one} and {other} overlap'):
         Config.from_env({one: ranges[0], other: ranges[1]})
 
 
 def test_ranges_that_only_touch_are_fine():
-    config = Config.from_env({'CODE_SERVER_PORTS': '30000-30009', 'SSH_PORTS': '30010-30019', 'CUSTOM_PORTS': '30020'})
+    config = Config.from_env({'CODE_SERVER_PORTS': '30000-30009', 'SSH_PORTS': '30010-30019',
+                              'CUSTOM_PORTS': '30020'})
     assert config.custom_ports == (30020, 30020)
 
 
@@ -139,8 +162,10 @@ def test_certificates_are_found_where_other_programs_find_them(tmp_path):
     one, other = tmp_path / 'one.pem', tmp_path / 'other.pem'
     one.touch(), other.touch()
     assert Config.from_env({'SSL_CERT_FILE': str(one)}).extra_ca_certs == str(one)
-    assert Config.from_env({'SSL_CERT_FILE': str(one), 'NODE_EXTRA_CA_CERTS': str(other)}).extra_ca_certs == str(other)
-    assert Config.from_env({'EXTRA_CA_CERTS': str(one), 'NODE_EXTRA_CA_CERTS': str(other)}).extra_ca_certs == str(one)
+    assert Config.from_env({'SSL_CERT_FILE': str(one),
+                            'NODE_EXTRA_CA_CERTS': str(other)}).extra_ca_certs == str(other)
+    assert Config.from_env({'EXTRA_CA_CERTS': str(one),
+                            'NODE_EXTRA_CA_CERTS': str(other)}).extra_ca_certs == str(one)
 
 
 def test_the_state_folder_follows_the_users():
@@ -153,7 +178,8 @@ def test_a_config_cannot_be_changed():
         Config.from_env({}).port = 1
 
 
-@pytest.mark.parametrize('settings', [{'PORT': 'abc'}, {'HOST': '0.0.0.0'}, {'STATE_DIR': __file__}, {'STATE_DIR': '/proc/nowhere'}],
+@pytest.mark.parametrize('settings', [{'PORT': 'abc'}, {'HOST': '0.0.0.0'}, {'STATE_DIR': __file__},
+                                      {'STATE_DIR': '/proc/nowhere'}],
                          ids=lambda settings: ' '.join(settings))
 def test_the_process_ends_with_2_and_one_line(settings):
     ended = run_server(**({'STATE_DIR': '/nowhere/at/all'} | settings))
@@ -164,5 +190,6 @@ def test_the_process_ends_with_2_and_one_line(settings):
 
 def test_the_readme_lists_every_setting():
     expected = [cells(row) for row in readme_table().splitlines()[2:]]
-    rows = [cells(row) for row in (ROOT / 'README.md').read_text().partition('\n## Settings\n')[2].partition('\n## ')[0].splitlines() if re.match(r'\|\s*`[A-Z_]+`\s*\|', row)]
+    rows = [cells(row)
+            for row in (ROOT / 'README.md').read_text().partition('\n## Settings\n')[2].partition('\n## ')[0].splitlines() if re.match(r'\|\s*`[A-Z_]+`\s*\|', row)]  # noqa: E501
     assert rows == expected, f'README.md must have this table:\n\n{readme_table()}\n'

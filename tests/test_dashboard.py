@@ -15,7 +15,8 @@ CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking']
 PATIENCE = 30_000  # ms
 
-# It does what its task says: `plan` has three steps, `wander` tells no total and goes on until it is cancelled, `nasty` tries to break the page.
+# It does what its task says: `plan` has three steps, `wander` tells no total and goes on until it is
+# cancelled, `nasty` tries to break the page.
 AGENT = r'''
 read -r task
 say() { printf '%s\n' "$1"; }
@@ -41,7 +42,7 @@ wander*)
     say '{"type":"progress","data":{"step":1,"total":2,"message":"<b onclick=hack()>bold</b>"}}'
     say '{"type":"result","data":{"message":"<img src=x onerror=window.hacked=1>"}}' ;;
 esac
-'''
+'''  # noqa: E501
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +55,8 @@ def browser():
 
 @pytest.fixture
 def make_page(browser):
-    """A function that opens pages of their own; what they complain of on the console fails the test, unless it is told as `expected`."""
+    """A function that opens pages of their own; what they complain of on the console fails the test, unless
+    it is told as `expected`."""
     contexts, complaints = [], []
 
     def make(*, expected='$^', **options):
@@ -62,9 +64,12 @@ def make_page(browser):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on('console', lambda message: complaints.append(message.text) if message.type == 'error' and not re.search(expected, message.text) else None)
+        page.on('console', lambda message: complaints.append(message.text) if message.type == 'error'
+                and not re.search(expected, message.text) else None)
         page.on('pageerror', lambda error: complaints.append(str(error)))
-        page.on('request', lambda request: None if re.match(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:', request.url)
+        page.on('request',
+                lambda request: None if re.match(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:',
+                                                 request.url)
                 else complaints.append(f'it asked for {request.url}'))
         return page
 
@@ -77,7 +82,8 @@ def make_page(browser):
 @pytest.fixture(scope='module')
 def agent_server(tmp_path_factory, templates_dir, docker_client):
     """A server whose agent is a script, with one workspace `lab` of the template `blank`."""
-    served = Served(tmp_path_factory.mktemp('served'), templates_dir, AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
+    served = Served(tmp_path_factory.mktemp('served'), templates_dir,
+                    AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
     try:
         served.create('lab', template='blank')
         served.wait_status('lab', 'running', timeout=1500)
@@ -128,7 +134,8 @@ def test_a_workspace_lives_its_life_in_the_browser(make_server, make_page, own_t
     shown = server.get('/api/workspaces/first')
     expect(page.locator('#ws-editor')).to_have_attribute('href', shown['codeServerUrl'])
     expect(page.locator('#facts')).to_contain_text('team=web')
-    expect(page.locator('#facts a', has_text='3000')).to_have_attribute('href', re.compile(f":{shown['ports']['3000']}/$"))
+    expect(page.locator('#facts a', has_text='3000')).to_have_attribute('href',
+                                                                        re.compile(f":{shown['ports']['3000']}/$"))
     page.click('[title="Copy SSH line"]')
     assert page.evaluate('navigator.clipboard.readText()') == shown['sshCommand']
     expect(page.locator('#facts')).not_to_contain_text(shown['codeServerPassword'])
@@ -175,7 +182,8 @@ def test_what_others_do_shows_at_once(make_page, server):
     page = make_page()
     open_dashboard(page, server)
     server.running('elsewhere')
-    expect(page.locator('#workspaces li', has_text='elsewhere').locator('.dot')).to_have_attribute('data-status', 'running')
+    expect(page.locator('#workspaces li',
+                        has_text='elsewhere').locator('.dot')).to_have_attribute('data-status', 'running')
     assert server.call('DELETE', '/api/workspaces/elsewhere').status_code == 200
     expect(page.locator('#workspaces li', has_text='elsewhere')).to_have_count(0)
 
@@ -206,9 +214,10 @@ def test_errors_stand_at_their_fields_in_the_words_of_the_contract(make_page, se
 
 
 def test_hostile_output_is_only_text(make_page, server):
-    # busybox printf understands \033; the names would end the test's own console without complaint if they ran
-    nasty = r"""echo '<img src=x onerror="window.hacked=1">'; printf '\033[31mred\033[0m \033[1;38;5;208mbold\033[0m \033]0;title\007\033[2J\033[10;10Hmoved\n'; """
-    nasty += r"""printf '10%%\r50%%\rdone\n'; echo '<script>window.hacked=1</script>'; printf '\033]8;;javascript:alert(1)\007link\033]8;;\007\n'"""
+    # busybox printf understands \033; the names would end the test's own console without complaint if they
+    # ran
+    nasty = r"""echo '<img src=x onerror="window.hacked=1">'; printf '\033[31mred\033[0m \033[1;38;5;208mbold\033[0m \033]0;title\007\033[2J\033[10;10Hmoved\n'; """  # noqa: E501
+    nasty += r"""printf '10%%\r50%%\rdone\n'; echo '<script>window.hacked=1</script>'; printf '\033]8;;javascript:alert(1)\007link\033]8;;\007\n'"""  # noqa: E501
     server.running('nasty', env={'PRINT': nasty})
     page = make_page()
     open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/nasty')['id'])
@@ -225,12 +234,14 @@ def test_hostile_output_is_only_text(make_page, server):
 
 def test_a_log_of_many_lines_stays_quick(make_page, server):
     """The view holds 10,000 lines and drops the oldest; no task of the page takes long enough to be felt."""
-    server.running('flood', env={'PRINT': 'while [ ! -e /go ]; do sleep 0.1; done; i=0; while [ $i -lt 12000 ]; do i=$((i+1)); echo "line $i of the flood"; done; echo the end'})
+    server.running('flood',
+                   env={'PRINT': 'while [ ! -e /go ]; do sleep 0.1; done; i=0; while [ $i -lt 12000 ]; do '
+                                 'i=$((i+1)); echo "line $i of the flood"; done; echo the end'})
     page = make_page()
     open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/flood')['id'])
     expect(page.locator('#log')).to_contain_text('tiny is up')
     page.evaluate("""() => { window.longest = 0;
-        new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration); }).observe({entryTypes: ['longtask']}); }""")
+        new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration); }).observe({entryTypes: ['longtask']}); }""")  # noqa: E501
     container = server.get('/api/workspaces/flood')['containerId']
     server_side = __import__('docker').from_env()
     server_side.containers.get(container).exec_run(['touch', '/go'])
@@ -243,7 +254,7 @@ def test_a_log_of_many_lines_stays_quick(make_page, server):
     took = page.evaluate("""async () => { const view = document.getElementById('log-search'); const start = performance.now();
         view.value = '99 of'; view.dispatchEvent(new Event('input'));
         while (!document.getElementById('log-count').textContent.includes(' of ')) await new Promise(requestAnimationFrame);
-        return performance.now() - start; }""")
+        return performance.now() - start; }""")  # noqa: E501
     assert took < 3000
     expect(page.locator('#log mark').last).to_have_text('99 of')
 
@@ -276,13 +287,14 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     page.fill('textarea[name=task]', 'plan three files')
     page.keyboard.press('Control+Enter')
     track = page.locator('#progress .track')
-    expect(track).to_have_attribute('aria-valuetext', re.compile('^2 of 3 · Creating file2.ts'), timeout=PATIENCE)
+    expect(track).to_have_attribute('aria-valuetext', re.compile('^2 of 3 · Creating file2.ts'),
+                                    timeout=PATIENCE)
     expect(track).to_have_attribute('aria-valuemax', '3')
     expect(page.locator('.task-text')).to_have_text('plan three files')
     expect(page.locator('#agent-count')).to_have_text('1')
     expect(page.locator('.end')).to_contain_text('All three files are there.', timeout=PATIENCE)
     expect(page.locator('.said')).to_have_text('I do this: plan three files')
-    assert page.locator('.did').evaluate_all('all => all.map((node) => node.dataset.status)') == ['completed'] * 3
+    assert page.locator('.did').evaluate_all('all => all.map((node) => node.dataset.status)') == ['completed'] * 3  # noqa: E501
     expect(page.locator('#sessions li')).to_have_count(1)
     expect(page.locator('#sessions li')).to_contain_text('completed')
 
@@ -315,7 +327,8 @@ def test_what_an_agent_says_is_only_text(make_page, agent_server):
     page.click('#task-run')
     expect(page.locator('.end')).to_contain_text('<img src=x onerror=window.hacked=1>', timeout=PATIENCE)
     expect(page.locator('#transcript')).to_contain_text('<script>window.hacked=1</script>')
-    assert page.evaluate('window.hacked') is None and page.locator('#transcript img, #transcript script').count() == 0
+    assert page.evaluate('window.hacked') is None
+    assert page.locator('#transcript img, #transcript script').count() == 0
 
 
 def test_the_editor_opens(make_page, agent_server):
@@ -378,7 +391,8 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(make_server, make_page):
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_nothing_sticks_out_on_a_phone(make_page, server, scheme):
-    server.running(f'pocket-{scheme}', ports=[3000], labels={'a-rather-long-label': 'with-a-value-that-is-long-as-well'})
+    server.running(f'pocket-{scheme}', ports=[3000],
+                   labels={'a-rather-long-label': 'with-a-value-that-is-long-as-well'})
     page = make_page(viewport={'width': 360, 'height': 640}, color_scheme=scheme, has_touch=True)
     open_dashboard(page, server)
     place = '#/w/' + server.get(f'/api/workspaces/pocket-{scheme}')['id']
@@ -448,7 +462,8 @@ def test_the_reference_lists_every_route_and_sends_a_request(make_page, server):
     page.goto(f'http://127.0.0.1:{server.port}/openapi')
     for route in ROUTES:
         shown = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
-        expect(page.locator('button', has_text=f'({route.method.lower()} {shown})')).to_have_count(1, timeout=PATIENCE)
+        expect(page.locator('button', has_text=f'({route.method.lower()} {shown})')).to_have_count(1,
+                                                                                                   timeout=PATIENCE)
     page.locator('button', has_text='(get /health)').click()
     with page.expect_response(lambda response: response.url.endswith('/health')) as answered:
         page.locator('button', has_text='Send').locator('visible=true').last.click()

@@ -5,7 +5,11 @@ import time
 import gevent
 import pytest
 
-from agentbackend import QUEUE_SIZE, RING_SIZE, Events, Subscription
+from _agentbackend.events import QUEUE_SIZE, RING_SIZE, Events, Subscription
+from _agentbackend.records import Run
+
+RUN = Run(id='run-1', task='t', started_at=1.0, timeout=1, boot='', session_id='s1', workspace_id='ws-a',
+          number=1, serial=3)
 
 
 @pytest.fixture
@@ -29,8 +33,10 @@ def test_the_ring_keeps_the_last_events_of_a_topic_in_order(events):
 
 def test_an_event_tells_what_where_and_when(events):
     before = time.time()
-    event = events.publish('progress', 'ws-a', {'n': 1}, session_id='s1')
-    assert (event.type, event.workspace_id, event.session_id, event.data) == ('progress', 'ws-a', 's1', {'n': 1})
+    event = events.publish('progress', 'ws-a', {'n': 1}, run=RUN, place=(1, 7, 0))
+    assert (event.type, event.workspace_id, event.session_id, event.data) == ('progress', 'ws-a', 's1',
+                                                                              {'n': 1})
+    assert (event.place, events.recent('s1')[0].id) == ((3, 7, 0), '1-7-0')
     assert before <= event.timestamp <= time.time()
 
 
@@ -44,8 +50,8 @@ def test_ids_are_unique_and_differ_between_processes(events, monkeypatch):
 
 def test_an_event_goes_to_its_workspace_its_session_and_if_it_is_a_status_to_everybody(events):
     with events.subscribed('ws-a') as workspace, events.subscribed('s1') as session, events.subscribed('*') as everything, \
-            events.subscribed('ws-b') as other:
-        events.publish('log', 'ws-a', {'n': 1}, session_id='s1')
+            events.subscribed('ws-b') as other:  # noqa: E501
+        events.publish('log', 'ws-a', {'n': 1}, run=RUN, place=(1, 0, 0))
         events.publish('status', 'ws-a', {'n': 2})
         assert numbers(workspace.take(0)[1]) == [1, 2]
         assert numbers(session.take(0)[1]) == [1]
@@ -144,7 +150,7 @@ def test_asking_for_a_topic_that_never_was_leaves_nothing_behind(events):
 
 
 def test_a_forgotten_topic_leaves_nothing_behind(events):
-    publish(events, 3, session_id='s1')
+    publish(events, 3, run=RUN, place=(1, 0, 0))
     events.forget('ws-a')
     events.forget('s1')
     assert not events._rings and events.recent('ws-a') == []

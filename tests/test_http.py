@@ -30,7 +30,8 @@ def make_served(folder, **settings):
     templates = folder / 'templates'
     (templates / 'tiny').mkdir(parents=True)
     (templates / 'tiny' / 'Dockerfile').write_text('# A template for tests.\nFROM scratch\n')
-    return Served(folder, templates, **{'DOCKER_HOST': f'unix://{folder}/no.sock', 'REQUEST_TIMEOUT': '0.5', **settings})
+    return Served(folder, templates, **{'DOCKER_HOST': f'unix://{folder}/no.sock', 'REQUEST_TIMEOUT': '0.5',
+                                        **settings})
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def make_server(tmp_path):
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     """An open server with a host and an origin of its own that are allowed."""
-    served = make_served(tmp_path_factory.mktemp('served'), ALLOWED_HOSTS='dev.example', ALLOWED_ORIGINS='https://app.example/ https://Other.Example:8443')
+    served = make_served(tmp_path_factory.mktemp('served'), ALLOWED_HOSTS='dev.example',
+                         ALLOWED_ORIGINS='https://app.example/ https://Other.Example:8443')
     yield served.start(connected=False)
     served.stop()
 
@@ -62,7 +64,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope='module')
 def guarded(tmp_path_factory):
     """A server with an API token."""
-    served = make_served(tmp_path_factory.mktemp('guarded'), API_TOKEN=TOKEN, ALLOWED_ORIGINS='https://app.example')
+    served = make_served(tmp_path_factory.mktemp('guarded'), API_TOKEN=TOKEN,
+                         ALLOWED_ORIGINS='https://app.example')
     yield served.start(connected=False)
     served.stop()
 
@@ -90,8 +93,10 @@ def raw(server, data, timeout=5):
 
 def request(method, path, *, host='localhost', body=b'', close=True, **headers):
     """Return the bytes of a request; an underscore in a header's name is a dash, and None leaves one out."""
-    headers = {'Host': host, 'Connection': 'close' if close else None, 'Content-Length': len(body) if body else None, **headers}
-    lines = [f'{method} {path} HTTP/1.1', *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items() if value is not None)]
+    headers = {'Host': host, 'Connection': 'close' if close else None,
+               'Content-Length': len(body) if body else None, **headers}
+    lines = [f'{method} {path} HTTP/1.1', *(f"{name.replace('_', '-')}: {value}"
+                                            for name, value in headers.items() if value is not None)]
     return '\r\n'.join(lines).encode('latin-1') + b'\r\n\r\n' + body
 
 
@@ -99,7 +104,8 @@ def split(answer):
     """Return (status, headers in small letters, body) of the bytes of one answer."""
     head, _, body = answer.partition(b'\r\n\r\n')
     status, *lines = head.decode('latin-1').split('\r\n')
-    return int(status.split()[1]), {name.lower(): value for name, _, value in (line.partition(': ') for line in lines)}, body
+    return int(status.split()[1]), {name.lower(): value
+                                    for name, _, value in (line.partition(': ') for line in lines)}, body
 
 
 def ask(server, *args, **options):
@@ -110,7 +116,8 @@ def check_error(body, code):
     """See that bytes are an error in the contract's shape, and return its text."""
     error = json.loads(body)
     assert body.endswith(b'}\n')
-    assert (error['success'], error['code']) == (False, code) and set(error) <= {'success', 'error', 'code', 'details'}
+    assert (error['success'], error['code']) == (False, code) and set(error) <= {'success', 'error', 'code',
+                                                                                 'details'}
     assert error['error'] and 'Traceback' not in error['error']
     return error['error']
 
@@ -141,7 +148,8 @@ def test_health_has_the_fields_of_the_contract(server):
     answer = server.call('GET', '/health')
     health = answer.json()
     assert answer.status_code == 200 and 'success' not in health
-    assert (health['status'], health['docker'], health['version']) == ('degraded', 'disconnected', agentbackend.VERSION)
+    assert (health['status'], health['docker'], health['version']) == ('degraded', 'disconnected',
+                                                                       agentbackend.VERSION)
     assert type(health['uptime']) is int and 0 <= health['uptime'] < 600
     assert health['workspaces']['total'] == 0 and health['templates']['tiny']['state'] == 'missing'
     assert health['ports']['codeServer'] == {'used': 0, 'total': 108}
@@ -149,20 +157,23 @@ def test_health_has_the_fields_of_the_contract(server):
 
 def test_create_without_an_engine_says_what_to_do_and_keeps_nothing(server):
     text = refused(server.call('POST', '/api/workspaces', {'name': 'a', 'ports': [80]}), 503, 'DOCKER_ERROR')
-    assert 'Docker engine' in text and 'DOCKER_HOST' in text and 'Start it' in text
+    assert text.startswith(f'Docker does not answer at unix://{server.folder}/no.sock (No such file')
+    assert text.endswith('Start Docker, or set DOCKER_HOST.')
     assert server.call('GET', '/api/workspaces').json() == {'success': True, 'data': []}
-    assert {kind: ports['used'] for kind, ports in server.get('/health')['ports'].items()} == {'codeServer': 0, 'ssh': 0, 'custom': 0}
+    assert {ports['used'] for ports in server.get('/health')['ports'].values()} == {0}
     assert 'Traceback' not in server.log.read_text()
 
 
 def test_the_log_says_once_that_the_engine_is_away(server):
-    server.wait_for_log('the Docker engine does not answer')
-    assert server.log.read_text().count('WARNING Ask the engine') <= 1
+    server.wait_for_log('Docker does not answer')
+    time.sleep(2.5)  # it has looked again meanwhile
+    assert server.log.read_text().count('WARNING Docker does not answer') == 1
 
 
 def test_templates_are_listed_without_an_engine(server):
     listed = {item['name']: item for item in server.get('/api/templates')}
-    assert listed['tiny']['default'] and listed['tiny']['description'] == 'A template for tests.' and 'base' not in listed
+    assert listed['tiny']['default'] and listed['tiny']['description'] == 'A template for tests.'
+    assert 'base' not in listed
     assert {'bun-typescript', 'node-typescript', 'python', 'blank'} <= set(listed)
 
 
@@ -170,7 +181,8 @@ def test_templates_are_listed_without_an_engine(server):
 
 
 def test_an_unknown_route_is_404(server):
-    for path in ('/api', '/api/nothing', '/api/workspaces/', '/api/workspaces/a/nothing', '/api/workspaces/a%2Fb', '/%ff', '/api/workspaces/a/../../..'):
+    for path in ('/api', '/api/nothing', '/api/workspaces/', '/api/workspaces/a/nothing',
+                 '/api/workspaces/a%2Fb', '/%ff', '/api/workspaces/a/../../..'):
         if not any(route.path == path for route in agentbackend.ROUTES):
             status, headers, body = ask(server, 'GET', path)
             assert (status, headers['content-type']) == (404, 'application/json'), path
@@ -178,47 +190,57 @@ def test_an_unknown_route_is_404(server):
 
 
 def test_an_unknown_workspace_is_404_in_the_contracts_words(server):
-    for method, path in (('GET', ''), ('DELETE', ''), ('POST', '/start'), ('POST', '/stop'), ('POST', '/restart')):
+    for method, path in (('GET', ''), ('DELETE', ''), ('POST', '/start'), ('POST', '/stop'),
+                         ('POST', '/restart')):
         for name in ('ws-abc123', 'name', '%00', "'"):
             answer = server.call(method, f'/api/workspaces/{name}{path}')
             assert answer.status_code == 404
-            assert answer.json() == {'success': False, 'error': 'Workspace not found', 'code': 'WORKSPACE_NOT_FOUND'}
-    assert server.call('PATCH', '/api/workspaces/ws-abc123', {'ttl': 5}).json()['code'] == 'WORKSPACE_NOT_FOUND'
+            assert answer.json() == {'success': False, 'error': 'Workspace not found',
+                                     'code': 'WORKSPACE_NOT_FOUND'}
+    assert server.call('PATCH', '/api/workspaces/ws-abc123',
+                       {'ttl': 5}).json()['code'] == 'WORKSPACE_NOT_FOUND'
 
 
-@pytest.mark.parametrize(('method', 'path', 'allowed'), [('DELETE', '/api/workspaces', {'GET', 'POST'}), ('POST', '/health', {'GET'}),
-                                                         ('PUT', '/api/workspaces/a', {'GET', 'PATCH', 'DELETE'}), ('BREW', '/health', {'GET'})])
+@pytest.mark.parametrize(('method', 'path', 'allowed'),
+                         [('DELETE', '/api/workspaces', {'GET', 'POST'}), ('POST', '/health', {'GET'}),
+                          ('PUT', '/api/workspaces/a', {'GET', 'PATCH', 'DELETE'}),
+                          ('BREW', '/health', {'GET'})])
 def test_another_method_is_405_and_says_which_are_possible(server, method, path, allowed):
     answer = server.call(method, path)
     refused(answer, 405, 'METHOD_NOT_ALLOWED')
     assert allowed <= set(re.split(', ?', answer.headers['Allow']))
 
 
-@pytest.mark.parametrize('media_type', ['text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data; boundary=x', '', None])
+@pytest.mark.parametrize('media_type', ['text/plain', 'application/x-www-form-urlencoded',
+                                        'multipart/form-data; boundary=x', '', None])
 def test_another_media_type_is_415(server, media_type):
     headers = {} if media_type is None else {'Content_Type': media_type}
     status, _, body = ask(server, 'POST', '/api/workspaces', body=b'{"name": "a"}', **headers)
     assert status == 415 and 'application/json' in check_error(body, 'VALIDATION_ERROR')
 
 
-@pytest.mark.parametrize('media_type', ['application/json; charset=utf-8', 'Application/JSON', 'application/merge-patch+json'])
+@pytest.mark.parametrize('media_type', ['application/json; charset=utf-8', 'Application/JSON',
+                                        'application/merge-patch+json'])
 def test_json_by_its_other_names_is_taken(server, media_type):
     status, _, body = ask(server, 'POST', '/api/workspaces', body=b'{"name": "a b"}', Content_Type=media_type)
     assert status == 400 and json.loads(body)['details'][0]['path'] == 'name'
 
 
-@pytest.mark.parametrize('data', [b'', b'{', b'nonsense', b'{"cpus": NaN}', b'\xff\xfe{}', b'{"name": "\xff"}', b'[' * 50_000, b'{"a":' * 50_000,
+@pytest.mark.parametrize('data', [b'', b'{', b'nonsense', b'{"cpus": NaN}', b'\xff\xfe{}',
+                                  b'{"name": "\xff"}', b'[' * 50_000, b'{"a":' * 50_000,
                                   b'"\\ud800"', b'9' * 5000], ids=lambda data: repr(data[:14]))
 def test_broken_json_is_400(server, data):
     assert 'not valid JSON' in refused(post(server, data), 400, 'VALIDATION_ERROR')
 
 
-@pytest.mark.parametrize('data', [b'[]', b'[{"name": "a"}]', b'null', b'"text"', b'5', b'{}', b'{"name": null}', b'{"name": "a", "extra": 1}'])
+@pytest.mark.parametrize('data', [b'[]', b'[{"name": "a"}]', b'null', b'"text"', b'5', b'{}',
+                                  b'{"name": null}', b'{"name": "a", "extra": 1}'])
 def test_json_that_does_not_fit_is_400_with_details(server, data):
     answer = post(server, data)
     text = refused(answer, 400, 'VALIDATION_ERROR')
     details = answer.json()['details']
-    assert details and all(set(item) == {'path', 'message'} for item in details) and details[0]['message'] in text
+    assert details and all(set(item) == {'path', 'message'}
+                           for item in details) and details[0]['message'] in text
 
 
 def test_a_bad_query_is_400(server):
@@ -229,8 +251,10 @@ def test_a_bad_query_is_400(server):
 
 
 def test_an_unknown_template_is_400_and_lists_those_there_are(server):
-    assert 'tiny' in refused(server.call('POST', '/api/workspaces', {'name': 'a', 'template': 'nope'}), 400, 'VALIDATION_ERROR')
-    refused(server.call('POST', '/api/workspaces', {'name': 'a', 'gitBranch': 'main'}), 400, 'VALIDATION_ERROR')
+    assert 'tiny' in refused(server.call('POST', '/api/workspaces', {'name': 'a', 'template': 'nope'}), 400,
+                             'VALIDATION_ERROR')
+    refused(server.call('POST', '/api/workspaces', {'name': 'a', 'gitBranch': 'main'}), 400,
+            'VALIDATION_ERROR')
 
 
 # Bodies
@@ -255,7 +279,8 @@ def test_a_body_of_10_mb_is_413_and_takes_no_memory(server, how):
     data = b'x' * 10_000_000
     head = {'Content_Type': 'application/json', 'close': False}
     sent = request('POST', '/api/workspaces', body=data, **head) if how == 'length' else (
-        request('POST', '/api/workspaces', Transfer_Encoding='chunked', **head) + chunked(*(data[start:start + 100_000] for start in range(0, len(data), 100_000))))
+        request('POST', '/api/workspaces', Transfer_Encoding='chunked', **head)
+        + chunked(*(data[start:start + 100_000] for start in range(0, len(data), 100_000))))
     status, headers, body = split(raw(server, sent))
     assert status == 413 and 'MAX_BODY=1048576' in check_error(body, 'PAYLOAD_TOO_LARGE')
     assert headers['connection'] == 'close'  # and raw() has seen that it was closed
@@ -272,7 +297,8 @@ def test_a_large_body_of_a_refused_call_is_not_waited_for(server):
     """Neither an endless body nor one that never comes keeps the connection of who is turned away."""
     def refuse(options):
         begun = time.monotonic()
-        status, _, body = split(raw(server, request('POST', '/api/workspaces', host='evil.example', close=False, **options) + b'5\r\nhello\r\n'))
+        status, _, body = split(raw(server, request('POST', '/api/workspaces', host='evil.example',
+                                                    close=False, **options) + b'5\r\nhello\r\n'))
         assert status == 403 and time.monotonic() - begun < 4
         check_error(body, 'FORBIDDEN')
 
@@ -281,7 +307,8 @@ def test_a_large_body_of_a_refused_call_is_not_waited_for(server):
 
 def test_who_waits_for_100_continue_gets_it_or_the_refusal(server):
     with connect(server) as sock:
-        sock.sendall(request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=15, Expect='100-continue'))
+        sock.sendall(request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=15,
+                             Expect='100-continue'))
         assert sock.recv(1000) == b'HTTP/1.1 100 Continue\r\n\r\n'
         sock.sendall(b'{"name": "a b"}')
         assert split(read_all(sock))[0] == 400
@@ -291,21 +318,27 @@ def test_who_waits_for_100_continue_gets_it_or_the_refusal(server):
 
 def test_a_chunked_body_is_taken(server):
     parts = b'{"name"', b': "a', b' b"}'
-    status, _, body = split(raw(server, request('POST', '/api/workspaces', Content_Type='application/json', Transfer_Encoding='chunked') + chunked(*parts)))
+    status, _, body = split(raw(server, request('POST', '/api/workspaces', Content_Type='application/json',
+                                                Transfer_Encoding='chunked') + chunked(*parts)))
     assert status == 400 and "'a b'" in check_error(body, 'VALIDATION_ERROR')
 
 
-@pytest.mark.parametrize('data', [b'zz\r\nhello\r\n0\r\n\r\n', b'-5\r\nhello', b'fffffffffffffffffffff\r\n', b'5\r\nhelloXX0\r\n\r\n'], ids=repr)
+@pytest.mark.parametrize('data', [b'zz\r\nhello\r\n0\r\n\r\n', b'-5\r\nhello', b'fffffffffffffffffffff\r\n',
+                                  b'5\r\nhelloXX0\r\n\r\n'], ids=repr)
 def test_broken_chunks_are_400(server, data):
-    status, headers, body = split(raw(server, request('POST', '/api/workspaces', close=False, Content_Type='application/json', Transfer_Encoding='chunked') + data))
+    status, headers, body = split(raw(server, request('POST', '/api/workspaces', close=False,
+                                                      Content_Type='application/json',
+                                                      Transfer_Encoding='chunked') + data))
     assert (status, headers['content-type'], headers['connection']) == (400, 'application/json', 'close')
     check_error(body, 'VALIDATION_ERROR')
 
 
 def test_a_body_that_is_cut_off_leaves_no_traceback(server):
     already = server.log.stat().st_size
-    for data in (request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=100) + b'{"na',
-                 request('POST', '/api/workspaces', Content_Type='application/json', Transfer_Encoding='chunked') + b'5\r\nhe'):
+    for data in (request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=100)
+                 + b'{"na',
+                 request('POST', '/api/workspaces', Content_Type='application/json',
+                         Transfer_Encoding='chunked') + b'5\r\nhe'):
         with connect(server) as sock:
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
@@ -315,16 +348,21 @@ def test_a_body_that_is_cut_off_leaves_no_traceback(server):
 
 @pytest.mark.parametrize('length', ['-1', 'abc', '+5', '1_0', '5, 5', '\xb2'])
 def test_a_bad_content_length_is_refused(server, length):
-    status, headers, body = split(raw(server, request('POST', '/api/workspaces', close=False, Content_Type='application/json', Content_Length=length) + b'{"name"}  '))
+    status, headers, body = split(raw(server, request('POST', '/api/workspaces', close=False,
+                                                      Content_Type='application/json', Content_Length=length)
+                                                      + b'{"name"}  '))
     assert status in (400, 413) and headers['connection'] == 'close' and json.loads(body)['success'] is False
 
 
 def test_a_request_cannot_be_smuggled_in_a_body(server):
     """A proxy that takes the rest for the body of the first request must not be contradicted."""
     inner = request('GET', '/health')
-    for encoding in ('gzip, chunked', 'xchunked', 'identity', 'chunked, identity', 'chunked\r\nTransfer-Encoding: gzip'):
+    for encoding in ('gzip, chunked', 'xchunked', 'identity', 'chunked, identity',
+                     'chunked\r\nTransfer-Encoding: gzip'):
         for length in (None, len(inner)):
-            answers = raw(server, request('POST', '/api/workspaces', close=False, Content_Type='application/json', Transfer_Encoding=encoding, Content_Length=length) + inner)
+            answers = raw(server, request('POST', '/api/workspaces', close=False,
+                                          Content_Type='application/json', Transfer_Encoding=encoding,
+                                          Content_Length=length) + inner)
             assert b'"uptime"' not in answers and split(answers)[0] in (400, 501), encoding
             check_error(split(answers)[2], 'VALIDATION_ERROR')
 
@@ -335,7 +373,8 @@ def test_a_request_cannot_be_smuggled_in_a_body(server):
 def test_slow_headers_time_out(server):
     begun = time.monotonic()
     status, headers, body = split(raw(server, b'GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: '))
-    assert status == 400 and headers['connection'] == 'close' and 'slowly' in check_error(body, 'VALIDATION_ERROR')
+    assert status == 400 and headers['connection'] == 'close' and 'slowly' in check_error(body,
+                                                                                          'VALIDATION_ERROR')
     assert 0.4 < time.monotonic() - begun < 2.5
 
 
@@ -353,8 +392,12 @@ def test_headers_that_trickle_time_out_all_the_same(server):
 def test_a_slow_body_times_out(server):
     def send_slowly(headers):
         begun = time.monotonic()
-        status, answered, body = split(raw(server, request('POST', '/api/workspaces', close=False, Content_Type='application/json', **headers) + b'5\r\n{"na'))
-        assert status == 408 and answered['connection'] == 'close' and 'REQUEST_TIMEOUT=0.5' in check_error(body, 'VALIDATION_ERROR')
+        status, answered, body = split(raw(server,
+                                           request('POST', '/api/workspaces', close=False,
+                                                   Content_Type='application/json', **headers)
+                                                   + b'5\r\n{"na'))
+        assert status == 408 and answered['connection'] == 'close'
+        assert 'REQUEST_TIMEOUT=0.5' in check_error(body, 'VALIDATION_ERROR')
         assert 0.4 < time.monotonic() - begun < 4
 
     at_once(send_slowly, {'Content_Length': 100}, {'Transfer_Encoding': 'chunked'})
@@ -372,15 +415,20 @@ def test_a_long_request_line_is_414(server):
     check_error(body, 'VALIDATION_ERROR')
 
 
-@pytest.mark.parametrize('headers', [{'X_Long': 'x' * 100_000}, {f'X_{number}': 'x' for number in range(150)}], ids=['long', 'many'])
+@pytest.mark.parametrize('headers', [{'X_Long': 'x' * 100_000},
+                                     {f'X_{number}': 'x' for number in range(150)}], ids=['long', 'many'])
 def test_headers_without_measure_are_400(server, headers):
     status, answered, body = split(raw(server, request('GET', '/health', **headers)))
     assert status == 400 and answered['content-type'] == 'application/json'
     check_error(body, 'VALIDATION_ERROR')
 
 
-@pytest.mark.parametrize('data', [b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n', b'GARBAGE\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'\xff' * 100 + b'\r\n\r\n', b'GET /health HTTP/x.y\r\n\r\n',
-                                  b'GET /health HTTP/1\r\nHost: localhost\r\n\r\n', b' / HTTP/1.1\r\nHost: localhost\r\n\r\n'], ids=lambda data: repr(data[:12]))
+@pytest.mark.parametrize('data', [b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n', b'GARBAGE\r\n\r\n',
+                                  b'GET / HTTP/9.9\r\n\r\n', b'\xff' * 100 + b'\r\n\r\n',
+                                  b'GET /health HTTP/x.y\r\n\r\n',
+                                  b'GET /health HTTP/1\r\nHost: localhost\r\n\r\n',
+                                  b' / HTTP/1.1\r\nHost: localhost\r\n\r\n'],
+                                  ids=lambda data: repr(data[:12]))
 def test_garbage_is_400(server, data):
     already = server.log.stat().st_size
     status, headers, body = split(raw(server, data))
@@ -398,7 +446,8 @@ def test_a_header_without_a_colon_brings_nobody_down(server):
 # HEAD, OPTIONS, connections
 
 
-@pytest.mark.parametrize(('path', 'status'), [('/health', 200), ('/api/workspaces', 200), ('/api/workspaces/a', 404), ('/nothing', 404)])
+@pytest.mark.parametrize(('path', 'status'), [('/health', 200), ('/api/workspaces', 200),
+                                              ('/api/workspaces/a', 404), ('/nothing', 404)])
 def test_head_is_get_without_a_body(server, path, status):
     found, headers, body = ask(server, 'HEAD', path)
     wanted = ask(server, 'GET', path)
@@ -412,8 +461,10 @@ def test_head_of_a_refused_host_has_no_body(server):
     assert status == 403 and body == b'' and int(headers['content-length']) > 0
 
 
-@pytest.mark.parametrize(('path', 'methods'), [('/api/workspaces', {'GET', 'HEAD', 'POST', 'OPTIONS'}), ('/health', {'GET', 'HEAD', 'OPTIONS'}),
-                                               ('/api/workspaces/any', {'GET', 'HEAD', 'PATCH', 'DELETE', 'OPTIONS'})])
+@pytest.mark.parametrize(('path', 'methods'), [('/api/workspaces', {'GET', 'HEAD', 'POST', 'OPTIONS'}),
+                                               ('/health', {'GET', 'HEAD', 'OPTIONS'}),
+                                               ('/api/workspaces/any',
+                                                {'GET', 'HEAD', 'PATCH', 'DELETE', 'OPTIONS'})])
 def test_options_tells_the_methods(server, path, methods):
     status, headers, body = ask(server, 'OPTIONS', path)
     assert status == 204 and body == b'' and methods == set(headers['allow'].split(', '))
@@ -437,7 +488,9 @@ def test_a_kept_connection_answers_at_once(server):
 
 
 def test_pipelined_requests_are_answered_in_order(server):
-    answers = raw(server, request('GET', '/health', close=False) + request('POST', '/api/workspaces', close=False, body=b'{"name": "a b"}', Content_Type='application/json')
+    answers = raw(server, request('GET', '/health', close=False)
+                  + request('POST', '/api/workspaces', close=False, body=b'{"name": "a b"}',
+                            Content_Type='application/json')
                   + request('GET', '/nothing', close=False) + request('GET', '/health'))
     assert re.findall(rb'HTTP/1\.1 (\d+)', answers) == [b'200', b'400', b'404', b'200']
 
@@ -457,13 +510,17 @@ def test_http_1_0_is_answered_and_closed(server):
 # Host and Origin
 
 
-@pytest.mark.parametrize('host', ['localhost', 'LOCALHOST:3100', '127.0.0.1:3100', '127.9.9.9', '[::1]:3100', '[::1]', 'dev.example', 'Dev.Example:443'])
+@pytest.mark.parametrize('host', ['localhost', 'LOCALHOST:3100', '127.0.0.1:3100', '127.9.9.9', '[::1]:3100',
+                                  '[::1]', 'dev.example', 'Dev.Example:443'])
 def test_a_host_of_this_machine_or_of_the_list_is_allowed(server, host):
     assert ask(server, 'GET', '/health', host=host)[0] == 200
 
 
-@pytest.mark.parametrize('host', ['evil.example', 'evil.example:3100', 'localhost.evil.example', '127.0.0.1.evil.example', 'evil.example#localhost', 'sub.dev.example', '192.168.1.5',
-                                  '0.0.0.0', '[::]', '', None, 'localhost@evil.example', '[::1', 'evil.example,localhost', 'user:pw@localhost'])
+@pytest.mark.parametrize('host', ['evil.example', 'evil.example:3100', 'localhost.evil.example',
+                                  '127.0.0.1.evil.example', 'evil.example#localhost', 'sub.dev.example',
+                                  '192.168.1.5',
+                                  '0.0.0.0', '[::]', '', None, 'localhost@evil.example', '[::1',
+                                  'evil.example,localhost', 'user:pw@localhost'])
 def test_another_host_is_forbidden(server, host):
     status, _, body = ask(server, 'GET', '/health', host=host)
     if host == '[::1':  # it means this machine, however it is written
@@ -472,22 +529,31 @@ def test_another_host_is_forbidden(server, host):
     assert status == 403 and 'ALLOWED_HOSTS' in check_error(body, 'FORBIDDEN')
 
 
-@pytest.mark.parametrize('origin', ['http://localhost:5173', 'https://localhost', 'http://127.0.0.1:3000', 'http://[::1]:3000', 'https://app.example', 'https://other.example:8443'])
+@pytest.mark.parametrize('origin', ['http://localhost:5173', 'https://localhost', 'http://127.0.0.1:3000',
+                                    'http://[::1]:3000', 'https://app.example', 'https://other.example:8443'])
 def test_an_origin_of_this_machine_or_of_the_list_is_allowed_and_named(server, origin):
-    for method, path, status in (('GET', '/health', 200), ('GET', '/nothing', 404), ('POST', '/api/workspaces', 415), ('DELETE', '/health', 405)):
+    for method, path, status in (('GET', '/health', 200), ('GET', '/nothing', 404),
+                                 ('POST', '/api/workspaces', 415), ('DELETE', '/health', 405)):
         found, headers, _ = ask(server, method, path, Origin=origin)
-        assert found == status and headers['access-control-allow-origin'] == origin and headers['vary'] == 'Origin'
-        assert {'Location', 'Allow', 'WWW-Authenticate'} <= set(headers['access-control-expose-headers'].split(', '))
+        assert found == status and headers['access-control-allow-origin'] == origin
+        assert headers['vary'] == 'Origin'
+        assert {'Location', 'Allow',
+                'WWW-Authenticate'} <= set(headers['access-control-expose-headers'].split(', '))
         assert 'access-control-allow-credentials' not in headers
 
 
-@pytest.mark.parametrize('origin', ['https://evil.example', 'null', '', 'http://app.example', 'https://app.example:444', 'https://app.example.evil.example', 'http://localhost.evil.example',
-                                    'file://', 'http://[', 'http://[::1', 'chrome-extension://localhost', '//localhost', 'localhost', 'http://', 'http://192.168.1.5', 'http://localhost:x@evil.example', '*'])
+@pytest.mark.parametrize('origin', ['https://evil.example', 'null', '', 'http://app.example',
+                                    'https://app.example:444', 'https://app.example.evil.example',
+                                    'http://localhost.evil.example',
+                                    'file://', 'http://[', 'http://[::1', 'chrome-extension://localhost',
+                                    '//localhost', 'localhost', 'http://', 'http://192.168.1.5',
+                                    'http://localhost:x@evil.example', '*'])
 def test_another_origin_is_forbidden_and_gets_no_cors_headers(server, origin):
     for method, path in (('GET', '/health'), ('POST', '/api/workspaces'), ('OPTIONS', '/api/workspaces')):
         status, headers, body = ask(server, method, path, Origin=origin, Access_Control_Request_Method='POST')
         assert status == 403 and 'ALLOWED_ORIGINS' in check_error(body, 'FORBIDDEN')
-        assert not [name for name in headers if name.startswith('access-control')] and headers['vary'] == 'Origin'
+        assert not [name for name in headers
+                    if name.startswith('access-control')] and headers['vary'] == 'Origin'
 
 
 def test_a_forbidden_page_changes_nothing(server):
@@ -501,11 +567,13 @@ def test_no_origin_gets_no_cors_headers_but_vary(server):
 
 
 def test_a_preflight_is_told_what_is_allowed(server):
-    status, headers, body = ask(server, 'OPTIONS', '/api/workspaces', Origin='http://localhost:5173', Access_Control_Request_Method='POST',
+    status, headers, body = ask(server, 'OPTIONS', '/api/workspaces', Origin='http://localhost:5173',
+                                Access_Control_Request_Method='POST',
                                 Access_Control_Request_Headers='content-type,authorization')
     assert status == 204 and body == b''
     assert headers['access-control-allow-origin'] == 'http://localhost:5173' and headers['vary'] == 'Origin'
-    assert {'authorization', 'content-type', 'last-event-id'} <= set(headers['access-control-allow-headers'].lower().split(', '))
+    assert {'authorization', 'content-type',
+            'last-event-id'} <= set(headers['access-control-allow-headers'].lower().split(', '))
     assert {'GET', 'POST', 'PATCH', 'DELETE'} <= set(headers['access-control-allow-methods'].split(', '))
     assert int(headers['access-control-max-age']) > 0 and 'access-control-allow-credentials' not in headers
 
@@ -514,14 +582,18 @@ def test_a_preflight_is_told_what_is_allowed(server):
 
 
 def test_without_the_token_nothing_is_told(guarded):
-    for method, path, body in (('GET', '/api/workspaces', None), ('POST', '/api/workspaces', {'name': 'a'}), ('GET', '/nothing', None), ('DELETE', '/api/workspaces/a', None),
-                               ('POST', '/health', None), ('GET', '/health/', None), ('GET', '/api/templates', None)):
+    for method, path, body in (('GET', '/api/workspaces', None), ('POST', '/api/workspaces', {'name': 'a'}),
+                               ('GET', '/nothing', None), ('DELETE', '/api/workspaces/a', None),
+                               ('POST', '/health', None), ('GET', '/health/', None),
+                               ('GET', '/api/templates', None)):
         answer = guarded.call(method, path, body)
         assert 'API_TOKEN' in refused(answer, 401, 'UNAUTHORIZED')
         assert answer.headers['WWW-Authenticate'] == 'Bearer'
 
 
-@pytest.mark.parametrize('shown', ['Bearer wrong', f'Bearer {TOKEN}x', f'Bearer {TOKEN[:-1]}', 'Bearer', 'Bearer ', f'Basic {TOKEN}', TOKEN, '', 'Bearer \xff\xe4', f'Bearer {TOKEN},{TOKEN}'])
+@pytest.mark.parametrize('shown', ['Bearer wrong', f'Bearer {TOKEN}x', f'Bearer {TOKEN[:-1]}', 'Bearer',
+                                   'Bearer ', f'Basic {TOKEN}', TOKEN, '', 'Bearer \xff\xe4',
+                                   f'Bearer {TOKEN},{TOKEN}'])
 def test_a_wrong_token_is_401(guarded, shown):
     status, headers, body = ask(guarded, 'GET', '/api/workspaces', Authorization=shown)
     assert status == 401 and headers['www-authenticate'] == 'Bearer'
@@ -556,13 +628,15 @@ def test_the_token_comes_before_the_body(guarded):
 def test_a_page_can_read_that_it_needs_a_token(guarded):
     status, headers, _ = ask(guarded, 'GET', '/api/workspaces', Origin='https://app.example')
     assert status == 401 and headers['access-control-allow-origin'] == 'https://app.example'
-    assert ask(guarded, 'OPTIONS', '/api/workspaces', Origin='https://app.example', Access_Control_Request_Method='POST')[0] == 204
+    assert ask(guarded, 'OPTIONS', '/api/workspaces', Origin='https://app.example',
+               Access_Control_Request_Method='POST')[0] == 204
 
 
 def test_the_token_is_never_in_the_log(guarded):
     guarded.call('GET', '/api/workspaces', headers={'Authorization': f'Bearer {TOKEN}'})
     guarded.call('POST', '/api/workspaces', {'name': 'a'}, headers={'Authorization': f'Bearer {TOKEN}'})
-    raw(guarded, request('POST', '/api/workspaces', Authorization=f'Bearer {TOKEN}', Content_Length='nonsense'))
+    raw(guarded, request('POST', '/api/workspaces', Authorization=f'Bearer {TOKEN}',
+                         Content_Length='nonsense'))
     raw(guarded, request('GET', '/health', Authorization=f'Bearer {TOKEN}', X_Long='x' * 100_000))
     raw(guarded, request('GET', '/health', Authorization=f'Bearer {TOKEN}').replace(b'HTTP/1.1', b'HTTP/9.9'))
     assert guarded.log.read_text() and TOKEN not in guarded.log.read_text()
@@ -573,15 +647,18 @@ def test_the_token_is_never_in_the_log(guarded):
 
 @pytest.fixture
 def backend(tmp_path):
-    return agentbackend.make_backend(agentbackend.Config.from_env({'STATE_DIR': str(tmp_path), 'DOCKER_HOST': f'{tmp_path}/no.sock'}))
+    return agentbackend.make_backend(agentbackend.Config.from_env({'STATE_DIR': str(tmp_path),
+                                                                   'DOCKER_HOST': f'{tmp_path}/no.sock'}))
 
 
 def test_an_unexpected_exception_is_500_with_a_number_that_the_log_has(backend, monkeypatch, caplog):
     def explode(backend, call):
         raise ZeroDivisionError('a secret detail')
 
-    monkeypatch.setattr(agentbackend, 'ROUTES', (*agentbackend.ROUTES, agentbackend.Route('GET', '/explode', explode)))
-    answer = webtest.TestApp(agentbackend.make_app(backend)).get('/explode', status=500, headers={'Origin': 'http://localhost:1'})
+    monkeypatch.setattr(agentbackend, 'ROUTES', (*agentbackend.ROUTES,
+                                                 agentbackend.Route('GET', '/explode', explode)))
+    answer = webtest.TestApp(agentbackend.make_app(backend)).get('/explode', status=500,
+                                                                 headers={'Origin': 'http://localhost:1'})
     text = check_error(answer.body, 'INTERNAL_ERROR')
     number = re.search(r'\b[0-9a-f]{8}\b', text)[0]
     assert 'secret' not in text and answer.headers['Access-Control-Allow-Origin'] == 'http://localhost:1'
@@ -590,7 +667,9 @@ def test_an_unexpected_exception_is_500_with_a_number_that_the_log_has(backend, 
 
 
 def test_an_answer_that_cannot_be_sent_is_500_too(backend, monkeypatch, caplog):
-    monkeypatch.setattr(agentbackend, 'ROUTES', (*agentbackend.ROUTES, agentbackend.Route('GET', '/explode', lambda backend, call: agentbackend.Reply({1, 2}))))
+    monkeypatch.setattr(agentbackend, 'ROUTES', (*agentbackend.ROUTES,
+                                                 agentbackend.Route('GET', '/explode', lambda backend,
+                                                                    call: agentbackend.Reply({1, 2}))))
     answer = webtest.TestApp(agentbackend.make_app(backend)).get('/explode', status=500)
     number = re.search(r'\b[0-9a-f]{8}\b', check_error(answer.body, 'INTERNAL_ERROR'))[0]
     assert number in caplog.text
@@ -607,14 +686,17 @@ def test_the_application_can_be_mounted_in_another(backend):
 
 def run_second(first, **settings):
     """Run a server that can't start; return how it ended."""
-    env = {key: value for key, value in os.environ.items() if key not in ('API_TOKEN', 'HOST')} | first.settings | {'LOG_LEVEL': 'info'} | settings
-    return subprocess.run([sys.executable, str(ROOT / 'agentbackend.py')], env=env, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    env = {key: value for key, value in os.environ.items()
+           if key not in ('API_TOKEN', 'HOST')} | first.settings | {'LOG_LEVEL': 'info'} | settings
+    return subprocess.run([sys.executable, str(ROOT / 'agentbackend.py')], env=env, capture_output=True,
+                          text=True, timeout=20, stdin=subprocess.DEVNULL)
 
 
 def test_sigterm_ends_the_server_with_0_and_a_request_that_goes_on_is_answered(make_server):
     server = make_server(REQUEST_TIMEOUT='5')
     with connect(server) as sock:
-        sock.sendall(request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=15) + b'{"name":')
+        sock.sendall(request('POST', '/api/workspaces', Content_Type='application/json', Content_Length=15)
+                     + b'{"name":')
         server.call('GET', '/health')  # so that it has been seen
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log('Stopping.')
@@ -654,19 +736,22 @@ def test_sigint_ends_it_too_and_the_instance_can_start_again(make_server):
 def test_a_port_in_use_is_told_in_one_line(server, tmp_path):
     ended = run_second(server, PORT=str(server.port), STATE_DIR=str(tmp_path))
     assert ended.returncode == 2 and ended.stdout == ''
-    assert re.fullmatch(rf'agentbackend: PORT={server.port}: .*[Aa]ddress already in use.*\.\n', ended.stderr), ended.stderr
+    assert re.fullmatch(rf'agentbackend: PORT={server.port}: .*[Aa]ddress already in use.*\.\n',
+                        ended.stderr), ended.stderr
 
 
 def test_the_same_instance_twice_is_told_in_one_line(server):
     ended = run_second(server)
     assert ended.returncode == 2 and ended.stdout == ''
-    assert re.fullmatch(rf"agentbackend: INSTANCE='{server.instance}': another server .*\.\n", ended.stderr), ended.stderr
+    assert re.fullmatch(rf"agentbackend: INSTANCE='{server.instance}': another server .*\.\n",
+                        ended.stderr), ended.stderr
 
 
 def test_a_state_file_that_cannot_be_read_is_told_in_one_line(server, tmp_path):
-    (tmp_path / f'{server.instance}.json').mkdir()
+    (tmp_path / f'{server.instance}.sqlite').mkdir()
     ended = run_second(server, STATE_DIR=str(tmp_path))
-    assert ended.returncode == 2 and re.fullmatch(r'agentbackend: STATE_DIR=.*\.\n', ended.stderr), ended.stderr
+    assert ended.returncode == 2 and re.fullmatch(r'agentbackend: STATE_DIR=.*\.\n',
+                                                  ended.stderr), ended.stderr
 
 
 def test_it_listens_on_ipv6_loopback(make_server):

@@ -1,13 +1,16 @@
 """Where the base image comes from, and that nothing hangs where no registry is."""
 import socket
+import subprocess
 
+import gevent
 import gevent.event
 import pytest
+from conftest import ROOT
 
-import agentbackend_engine
-from agentbackend import DATA
-from agentbackend_config import DockerError
-from agentbackend_engine import Engine, Templates
+from _agentbackend import images
+from _agentbackend.dockerclient import DockerClient
+from _agentbackend.errors import DockerError, MissingBaseImage
+from _agentbackend.images import Templates
 
 
 @pytest.fixture
@@ -20,49 +23,69 @@ def silent_host():
 
 
 @pytest.fixture
-def engine(docker_client):
-    made = Engine()
-    yield made
-    made.close()
+def make_templates(docker_client):
+    """A function that makes Templates of the real folder, on the real engine."""
+    client = DockerClient()
+
+    def make(**settings):
+        return Templates(client, [ROOT / 'templates'],
+                         **{'base_image': 'debian:bookworm-slim', 'base_image_timeout': 0.1, 'ca_certs': '',
+                            'timeout': 60, **settings})
+    yield make
+    client.close()
 
 
-def test_a_pull_ends_when_the_registry_says_nothing(engine, silent_host, monkeypatch):
-    monkeypatch.setattr(agentbackend_engine, 'PULL_PATIENCE', 1)
+def test_a_pull_ends_when_the_registry_says_nothing(make_templates, silent_host, monkeypatch):
+    monkeypatch.setattr(images, 'PULL_TIMEOUT', 1)
     with pytest.raises(DockerError, match='the registry says nothing'):
-        engine.pull(f'{silent_host}/none:latest', print)
+        make_templates()._pull(f'{silent_host}/none:latest', print)
 
 
-def test_a_base_image_that_can_not_be_had_is_told_with_what_to_do(engine, silent_host, monkeypatch):
-    monkeypatch.setattr(agentbackend_engine, 'PULL_PATIENCE', 1)
-    monkeypatch.setattr(agentbackend_engine, 'DEBOOTSTRAP_PATIENCE', 2)
-    monkeypatch.setattr(agentbackend_engine, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
-    templates = Templates(engine, [DATA / 'templates'], base_image=f'{silent_host}/none:latest', debian_mirror=f'http://{silent_host}/debian',
-                          ca_certs='', timeout=60)
-    said = []
-    with pytest.raises(DockerError, match='debootstrap.* said nothing for 2 s; is its mirror reached'):
+def test_a_base_image_that_can_not_be_had_is_told_with_what_to_do(make_templates, monkeypatch):
+    monkeypatch.setattr(images, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
+    templates, said = make_templates(base_image='127.0.0.1:9/none:latest'), []
+    with pytest.raises(MissingBaseImage,
+                       match='docker pull 127.0.0.1:9/none:latest; as root, '
+                             'templates/make-debian-image.*BASE_IMAGE='):
         templates.image('base', said.append, gevent.event.Event())
-    assert any('making a Debian image with debootstrap instead' in line for line in said)
-    assert templates.state('base')['state'] == 'failed' and 'mirror' in templates.state('base')['error']
+    assert any('could not be pulled' in line for line in said)
+    assert templates.state('base')['state'] == 'failed'
+    assert 'make-debian-image' in templates.state('base')['error']
 
 
-def test_without_debootstrap_the_ways_out_are_told(engine, monkeypatch):
-    monkeypatch.setattr(agentbackend_engine, 'OWN_BASE_IMAGE', 'agentbackend-none:never')
-    monkeypatch.setattr(agentbackend_engine.os, 'geteuid', lambda: 1000)  # the only way to be somebody else within this process
-    templates = Templates(engine, [DATA / 'templates'], base_image='127.0.0.1:9/none:latest', debian_mirror='', ca_certs='', timeout=60)
-    with pytest.raises(DockerError, match='docker pull 127.0.0.1:9/none:latest; apt-get install debootstrap and run as root; BASE_IMAGE='):
-        templates.image('base', print, gevent.event.Event())
+def test_a_base_image_that_somebody_makes_meanwhile_is_waited_for(make_templates, docker_client, monkeypatch):
+    monkeypatch.setattr(images, 'OWN_BASE_IMAGE', 'agentbackend-test:coming')
+    monkeypatch.setattr(images, 'BASE_PAUSE', 0.1)
+    templates = make_templates(base_image='127.0.0.1:9/none:latest', base_image_timeout=20)
+    waiting = gevent.spawn(templates._debian, lambda line: None)
+    gevent.sleep(0.5)
+    assert not waiting.ready()
+    docker_client.images.list()[0].tag('agentbackend-test', 'coming')
+    try:
+        assert waiting.get(timeout=10) == 'agentbackend-test:coming'
+    finally:
+        docker_client.api.remove_image('agentbackend-test:coming')
 
 
-def test_the_base_image_of_the_engine_is_taken_first(engine, docker_client, templates_dir):
+def test_the_base_image_of_the_engine_is_taken_first(make_templates, docker_client, templates_dir):
     image = docker_client.images.list()[0].id
-    templates = Templates(engine, [DATA / 'templates'], base_image=image, debian_mirror='', ca_certs='', timeout=60)
-    assert templates._debian(print) == image
+    assert make_templates(base_image=image)._debian(print) == image
 
 
-def test_an_image_has_another_name_when_what_it_is_made_of_has_changed(engine, tmp_path):
+def test_what_makes_a_base_image_says_what_it_lacks():
+    script = [ROOT / 'templates' / 'make-debian-image']
+    ended = subprocess.run(script, env={'PATH': '/nowhere:/bin',
+                                        'DEBIAN_MIRROR': 'http://127.0.0.1:9/debian'}, capture_output=True,
+                                        text=True)
+    assert ended.returncode == 1 and 'make-debian-image: ' in ended.stderr
+    ended = subprocess.run(['setpriv', '--reuid=65534', '--clear-groups', *script], capture_output=True,
+                           text=True)
+    assert ended.returncode == 1 and 'needs root' in ended.stderr
+
+
+def test_an_image_has_another_name_when_what_it_is_made_of_has_changed(make_templates, tmp_path):
     def tag(**changes):
-        settings = {'base_image': 'debian:bookworm-slim', 'debian_mirror': '', 'ca_certs': '', 'timeout': 60} | changes
-        return Templates(engine, [DATA / 'templates'], **settings).tag('bun-typescript')
+        return make_templates(**changes).tag('bun-typescript')
     certificates = tmp_path / 'ca.pem'
     certificates.write_text('one')
     first = tag(ca_certs=str(certificates))

@@ -19,14 +19,16 @@ FIND = ('import agentbackend; from pathlib import Path; print(agentbackend.__fil
 
 
 def run(*command, **options):
-    ended = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, **options)
+    ended = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, timeout=120, **options)
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
 
 
 def versioned(*paths):
     """Return the files of the checkout that git knows or would know, without those that were deleted."""
-    listed = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', '--', *paths, cwd=ROOT).splitlines()
+    listed = run('git', 'ls-files', '--cached', '--others', '--exclude-standard', '--', *paths,
+                 cwd=ROOT).splitlines()
     return {path for path in listed if (ROOT / path).is_file()}
 
 
@@ -43,7 +45,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope='module')
 def sdist(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp('sdist')
-    run(sys.executable, '-c', f'from setuptools import build_meta; print(build_meta.build_sdist({str(folder)!r}))', cwd=source)
+    run(sys.executable, '-c',
+        f'from setuptools import build_meta; print(build_meta.build_sdist({str(folder)!r}))', cwd=source)
     archive, = folder.glob('*.tar.gz')
     return archive
 
@@ -53,7 +56,8 @@ def installed(source, tmp_path_factory):
     """A clean environment into which pip installed the checkout; what it needs is taken from this one."""
     folder = tmp_path_factory.mktemp('installed') / 'venv'
     run(sys.executable, '-m', 'venv', '--without-pip', folder)
-    run(sys.executable, '-m', 'pip', '--python', folder / 'bin' / 'python', 'install', '-qq', '--disable-pip-version-check', '--no-deps', source)
+    run(sys.executable, '-m', 'pip', '--python', folder / 'bin' / 'python', 'install', '-qq',
+        '--disable-pip-version-check', '--no-deps', source)
     site, = (folder / 'lib').glob('python*/site-packages')
     (site / 'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
     return folder
@@ -69,7 +73,8 @@ def found_by(python, folder):
 def test_every_file_of_the_data_folders_is_installed_and_found(installed, tmp_path):
     module, data = found_by(installed / 'bin' / 'python', tmp_path)
     assert module.startswith(str(installed)), 'this is the checkout'
-    assert {path for path in data if path.startswith(tuple(f'{folder}/' for folder in FOLDERS))} == versioned(*FOLDERS)
+    assert {path for path in data if path.startswith(tuple(f'{folder}/'
+                                                           for folder in FOLDERS))} == versioned(*FOLDERS)
 
 
 def test_what_is_installed_is_what_is_in_the_checkout(installed, tmp_path):
@@ -82,13 +87,16 @@ def test_what_is_installed_is_what_is_in_the_checkout(installed, tmp_path):
 
 
 def test_the_console_script_serves_from_another_folder(installed, tmp_path):
-    env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'PORT': '0', 'STATE_DIR': str(tmp_path / 'state'), 'DOCKER_HOST': f'{tmp_path}/no.sock', 'PREBUILD': 'none'}
-    with subprocess.Popen([installed / 'bin' / 'agentbackend'], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as server:
+    env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'PORT': '0',
+           'STATE_DIR': str(tmp_path / 'state'), 'DOCKER_HOST': f'{tmp_path}/no.sock', 'PREBUILD': 'none'}
+    with subprocess.Popen([installed / 'bin' / 'agentbackend'], cwd=tmp_path, env=env, stderr=subprocess.PIPE,
+                          text=True) as server:
         try:
             port = re.search(r'serves http://127\.0\.0\.1:(\d+)', server.stderr.readline())[1]
             with urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5) as answer:
                 health = json.load(answer)
-            assert health['docker'] == 'disconnected' and {'base', 'bun-typescript', 'blank'} <= set(health['templates'])
+            assert health['docker'] == 'disconnected' and {'base', 'bun-typescript',
+                                                           'blank'} <= set(health['templates'])
         finally:
             server.send_signal(signal.SIGTERM)
         server.stderr.read()
@@ -96,8 +104,10 @@ def test_the_console_script_serves_from_another_folder(installed, tmp_path):
 
 
 def test_a_template_has_the_same_image_in_the_checkout_and_installed(installed, tmp_path):
-    """The tag is a hash of the folder: were it another, every way of starting the server would build its own images."""
-    code = ('import agentbackend; b = agentbackend.make_backend(agentbackend.Config.from_env({"STATE_DIR": "."})); '
+    """The tag is a hash of the folder: were it another, every way of starting the server would build its own
+    images."""
+    code = ('import agentbackend; b = agentbackend.make_backend(agentbackend.Config.from_env({"STATE_DIR": '
+            '"."})); '
             'print({name: b.templates.tag(name) for name in b.templates.names()})')
     here = run(sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT)!r}); {code}', cwd=tmp_path)
     assert run(installed / 'bin' / 'python', '-c', code, cwd=tmp_path) == here
@@ -106,5 +116,6 @@ def test_a_template_has_the_same_image_in_the_checkout_and_installed(installed, 
 def test_the_source_archive_has_all_that_an_installation_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {member.name.partition('/')[2] for member in archive.getmembers() if member.isfile()}
-    needed = versioned(*FOLDERS, 'setup.cfg', 'pyproject.toml', 'README.md') | {path for path in versioned('*.py') if '/' not in path}
+    needed = versioned(*FOLDERS, 'setup.cfg', 'pyproject.toml',
+                       'README.md') | {path for path in versioned('*.py') if '/' not in path}
     assert needed <= names

@@ -1,39 +1,37 @@
-"""The modules as texts: their order, their borders, and that what others call is described."""
+"""The house as texts: its layers, the homes of foreign libraries, the reading direction, and that what others
+call is described."""
 import ast
 import re
+import symtable
 
 import pytest
 from conftest import ROOT
 
+DOOR = 'agentbackend'
 RULE = re.compile(r'# -{60,}')
-HEAD = ''  # what stands above the first banner
-HOMES = {  # foreign library -> the sections that may use it
-    'docker': {'Engine'}, 'requests': {'Engine'}, 'urllib3': {'Engine'},
-    'jsonschema': {'Schemas'}, 'referencing': {'Schemas'},
-    'bottle': {'Routes', 'Server'},
+# From the ground up: each file knows only those before it. The docstring of the door is the same list, from
+# the top down.
+LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'wire', 'positions', 'schemas',
+          'config', 'records', 'store', 'state', 'dockerclient', 'engine', 'runs', 'images',
+          'views', 'pages', 'events', 'logs', 'claim', 'probes', 'recipe', 'workspaces', 'keeper', 'gate',
+          'tasks', 'feeds', 'clients', DOOR)
+HOMES = {  # foreign library -> the files that may use it
+    'docker': {'dockerclient', 'engine', 'images'}, 'requests': {'dockerclient'}, 'urllib3': {'dockerclient'},
+    'jsonschema': {'schemas'}, 'referencing': {'schemas'},
+    'sqlite3': {'store'}, 'bottle': {DOOR, 'gate'}, 'geventwebsocket': {'wire'},
 }
-# Each module knows only those before it.
-LAYERS = ('agentbackend_wire', 'agentbackend_agents', 'agentbackend_config', 'agentbackend_engine', 'agentbackend_pages', 'agentbackend')
 LONGEST = 40  # lines of a function, beside its docstring
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Module:
-    """A module as a text."""
+    """A file as a text."""
 
     def __init__(self, name):
-        self.text = (ROOT / name).read_text()
+        self.name = name
+        self.path = ROOT / 'agentbackend.py' if name == DOOR else ROOT / '_agentbackend' / f'{name}.py'
+        self.text = self.path.read_text()
         self.tree = ast.parse(self.text)
-        self.lines = self.text.splitlines()
-        self.banners = [(number, line[2:]) for number, line in enumerate(self.lines, 1)  # of three lines
-                        if line.startswith('# ') and 1 < number < len(self.lines)
-                        and RULE.fullmatch(self.lines[number - 2]) and RULE.fullmatch(self.lines[number])]
-
-    def section_of(self, node):
-        return next((name for number, name in reversed(self.banners) if number <= node.lineno), HEAD)
-
-    def place_of(self, node):
-        return sum(number <= node.lineno for number, _ in self.banners)
 
     def functions(self):
         """Yield (name with its class, node) of every function that stands in the module or in a class."""
@@ -41,11 +39,19 @@ class Module:
             if isinstance(node, ast.FunctionDef):
                 yield node.name, node
             elif isinstance(node, ast.ClassDef):
-                yield from ((f'{node.name}.{item.name}', item) for item in node.body if isinstance(item, ast.FunctionDef))
+                yield from ((f'{node.name}.{item.name}', item) for item in node.body
+                            if isinstance(item, ast.FunctionDef))
+
+    def imports(self):
+        """Yield (line, module) of everything that is imported, wherever it stands."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.lineno, node.module
 
 
-MODULES = [Module(f'{name}.py') for name in LAYERS]
-MAIN = MODULES[-1]
+MODULES = [Module(name) for name in LAYERS]
 every_module = pytest.mark.parametrize('module', MODULES, ids=LAYERS)
 
 
@@ -56,39 +62,79 @@ def bound_by(node):
     elif isinstance(node, (ast.Import, ast.ImportFrom)):
         yield from ((alias.asname or alias.name).partition('.')[0] for alias in node.names)
     else:
-        yield from (item.id for item in ast.walk(node) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store))
+        yield from (item.id for item in ast.walk(node) if isinstance(item, ast.Name)
+                    and isinstance(item.ctx, ast.Store))
 
 
-def used_names(node):
-    """Yield (name, node) of what a top-level statement takes from the module."""
-    own = set()
-    if isinstance(node, DEFINITIONS):  # what it gives a meaning of its own: its arguments and what it assigns
-        own = {item.arg for item in ast.walk(node) if isinstance(item, ast.arg)}
-        own |= {item.id for item in ast.walk(node) if isinstance(item, ast.Name) and not isinstance(item.ctx, ast.Load)}
-    for item in ast.walk(node):
-        if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load) and item.id not in own:
-            yield item.id, item
+def taken_from_the_module(text, node):
+    """Return the names that a top-level statement takes from its module: those that no scope within it gives
+    a meaning of its own."""
+    lines = text.splitlines(keepends=True)
+    first = min([node.lineno, *(item.lineno for item in getattr(node, 'decorator_list', ()))])
+    found, tables = set(), [symtable.symtable(''.join(lines[first - 1:node.end_lineno]), '<statement>',
+                                              'exec')]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        found |= {item.get_name() for item in table.get_symbols()
+                  if item.is_referenced() and (item.is_global() or table.get_type() == 'module')}
+    return found
+
+
+def section_of(module, node):
+    """Return the number of banners above a statement: a file without any is one section."""
+    lines = module.text.splitlines()[:node.lineno - 1]
+    return sum(bool(RULE.fullmatch(above) and RULE.fullmatch(below))
+               for above, below in zip(lines, lines[2:], strict=False))
 
 
 def length(function):
     """Return how many lines a function has beside its docstring."""
-    docstring = function.body[0].end_lineno - function.body[0].lineno + 1 if ast.get_docstring(function) else 0
+    docstring = function.body[0].end_lineno - function.body[0].lineno + 1 if ast.get_docstring(function) else 0  # noqa: E501
     return function.end_lineno - function.lineno + 1 - docstring
 
 
-@every_module
-def test_the_docstring_lists_the_sections_in_their_order(module):
-    listed = re.findall(r'^([A-Z]\w*(?: \w+)*) {2,}\S', ast.get_docstring(module.tree, clean=False), re.MULTILINE)
-    assert listed == [name for _, name in module.banners] and len(listed) > 1
+def test_the_map_lists_every_file_from_the_top_down():
+    listed = re.findall(r'^    (\w+) +\S', ast.get_docstring(MODULES[-1].tree, clean=False), re.MULTILINE)
+    assert set(listed) == set(LAYERS) - {DOOR}
+    for name in listed:
+        known = {module.rpartition('.')[2] for _, module in MODULES[LAYERS.index(name)].imports()
+                 if module.startswith('_agentbackend.')}
+        wrong = known - set(listed[listed.index(name) + 1:])
+        assert not wrong, f'the map has {name} below {", ".join(wrong)}, which it imports: move its line up'
+
+
+def test_the_map_is_all_there_is():
+    assert {path.stem for path in ROOT.glob('*.py')} == {DOOR}
+    there = {path.stem for path in (ROOT / '_agentbackend').glob('*.py')} - {'__init__'}
+    assert there == set(LAYERS) - {DOOR}, 'a file without a layer belongs into LAYERS and into the map'
 
 
 @every_module
-def test_every_rule_belongs_to_a_banner(module):
-    assert sum(bool(RULE.fullmatch(line)) for line in module.lines) == 2 * len(module.banners)
+def test_a_file_knows_only_those_below_it(module):
+    below = {f'_agentbackend.{name}' for name in LAYERS[:LAYERS.index(module.name)]} | {'_agentbackend'}
+    for line, imported in module.imports():
+        if imported.partition('.')[0] in ('_agentbackend', DOOR):
+            assert imported in below, (f'{module.path.name}:{line} imports {imported}, which stands above '
+                                       'it: what both need belongs into '
+                                       'a file below both, or is handed in by whoever composes them')
 
 
-def test_there_is_no_other_module():
-    assert {path.stem for path in ROOT.glob('*.py')} == set(LAYERS)
+@every_module
+def test_a_foreign_library_has_its_home(module):
+    for line, imported in module.imports():
+        library = imported.partition('.')[0]
+        homes = HOMES.get(library, {module.name})
+        assert module.name in homes, (f'{module.path.name}:{line} imports {library}, whose home is '
+                                      f'{" and ".join(sorted(homes))}: '
+                                      'ask that file for what is needed')
+
+
+def test_every_home_is_lived_in():
+    for library, homes in HOMES.items():
+        users = {module.name for module in MODULES for _, imported in module.imports()
+                 if imported.partition('.')[0] == library}
+        assert users == homes, f'{library} is said to live in {homes}, and is used by {users}'
 
 
 @every_module
@@ -96,55 +142,46 @@ def test_a_section_is_read_after_those_it_uses(module):
     home = {}
     for node in module.tree.body:
         for name in bound_by(node):
-            home.setdefault(name, module.place_of(node))
-    upward = [f'line {item.lineno}: {module.section_of(item)} uses {name}, which comes later'
-              for node in module.tree.body for name, item in used_names(node) if home.get(name, 0) > module.place_of(node)]
-    assert not upward, '\n'.join(upward)
-
-
-@pytest.mark.parametrize('library', HOMES)
-def test_a_foreign_library_has_its_home(library):
-    used = {}
-    for module in MODULES:
-        for node in module.tree.body:
-            for name, item in used_names(node):
-                if name == library:
-                    used.setdefault(module.section_of(item), item.lineno)
-    strangers = {section: line for section, line in used.items() if section not in HOMES[library]}
-    assert used and not strangers, f'{library} is used by {strangers}'
-
-
-@every_module
-def test_a_module_knows_only_those_before_it(module):
-    imported = {alias.name for node in ast.walk(module.tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(module.tree) if isinstance(node, ast.ImportFrom)}
-    assert not imported & set(LAYERS[MODULES.index(module):])
+            home.setdefault(name, section_of(module, node))
+    for node in module.tree.body:
+        upward = [name for name in taken_from_the_module(module.text, node)
+                  if home.get(name, 0) > section_of(module, node)]
+        assert not upward, f'{module.path.name}:{node.lineno} uses {", ".join(upward)} of a later section: move it up, or this down'  # noqa: E501
 
 
 @every_module
 def test_imports_stand_at_the_head(module):
-    assert not [node.lineno for node in ast.walk(module.tree) if isinstance(node, (ast.Import, ast.ImportFrom)) and module.section_of(node) != HEAD]
+    heads = [node for node in module.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    inside = [node.lineno for node in ast.walk(module.tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+              and node not in heads]
+    others = [node.lineno for node in module.tree.body if isinstance(node, DEFINITIONS)]
+    assert not inside and not [node.lineno for node in heads if others and node.lineno > others[0]]
 
 
 def test_gevent_is_patched_before_anything_else():
-    first, second, third = MAIN.tree.body[:3]
+    first, second, third = MODULES[-1].tree.body[:3]
     assert isinstance(first, ast.Expr)  # the docstring
     assert ast.unparse(second) == 'from gevent import monkey' and ast.unparse(third) == 'monkey.patch_all()'
 
 
 @every_module
 def test_only_main_reads_the_environment(module):
-    statements = [(f'line {item.lineno}', item) for item in module.tree.body if not isinstance(item, DEFINITIONS)]
+    statements = [(f'line {item.lineno}', item) for item in module.tree.body
+                  if not isinstance(item, DEFINITIONS)]
     readers = {name for name, node in [*module.functions(), *statements] for item in ast.walk(node)
-               if isinstance(item, ast.Attribute) and ast.unparse(item) in ('os.environ', 'os.getenv', 'os.environb')}
-    assert readers == ({'main'} if module is MAIN else set())
+               if isinstance(item, ast.Attribute)
+               and ast.unparse(item) in ('os.environ', 'os.getenv', 'os.environb')}
+    assert readers == ({'main'} if module.name == DOOR else set())
 
 
 @every_module
 def test_no_function_is_long(module):
     found = {name: length(node) for name, node in module.functions()}
     assert not {name: lines for name, lines in found.items() if lines > LONGEST}
-    lengths = sorted(found.values())
+
+
+def test_most_functions_are_short():
+    lengths = sorted(length(node) for module in MODULES for _, node in module.functions())
     assert lengths[len(lengths) // 2] <= 9 and lengths[len(lengths) * 9 // 10] <= 25
 
 
@@ -155,15 +192,18 @@ def test_no_function_says_global(module):
 
 @every_module
 def test_what_others_call_has_a_docstring(module):
-    public = [(name, node) for name, node in module.functions() if not name.startswith('_') and not name.rpartition('.')[2].startswith('_')]
+    public = [(name, node) for name, node in module.functions() if not name.startswith('_')
+              and not name.rpartition('.')[2].startswith('_')]
     public += [(node.name, node) for node in module.tree.body
-               if isinstance(node, ast.ClassDef) and not node.name.startswith('_') and node.end_lineno > node.lineno]
+               if isinstance(node, ast.ClassDef) and not node.name.startswith('_')
+               and node.end_lineno > node.lineno]
     silent = [f'line {node.lineno}: {name}' for name, node in public if not ast.get_docstring(node)]
     assert not silent, '\n'.join(silent)
 
 
 @every_module
-def test_a_docstring_is_a_sentence(module):
-    bad = [f'line {node.lineno}: {node.name}' for node in ast.walk(module.tree) if isinstance(node, DEFINITIONS) and ast.get_docstring(node)
-           and not re.match(r".*[.:]$", ast.get_docstring(node).splitlines()[0])]
+def test_a_docstring_begins_with_a_sentence(module):
+    bad = [f'line {node.lineno}: {node.name}' for node in ast.walk(module.tree)
+           if isinstance(node, DEFINITIONS) and ast.get_docstring(node)
+           and not re.search(r'[.:]$', ast.get_docstring(node).partition('\n\n')[0])]
     assert not bad, '\n'.join(bad)

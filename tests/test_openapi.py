@@ -9,13 +9,16 @@ from conftest import ROOT
 from contract import DOCUMENT, FRAME, check_answer
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from _agentbackend.errors import BackendError
+from _agentbackend.pages import every_error, failures
+from _agentbackend.schemas import Schemas
 from agentbackend import ROUTES
-from agentbackend_config import BackendError, Schemas
-from agentbackend_pages import every_error, failures
 
 SCHEMAS = DOCUMENT['components']['schemas']
-OPERATIONS = [(method, path, told) for path, methods in DOCUMENT['paths'].items() for method, told in methods.items()]
-every_operation = pytest.mark.parametrize(('method', 'path', 'told'), OPERATIONS, ids=[f'{method} {path}' for method, path, _ in OPERATIONS])
+OPERATIONS = [(method, path, told) for path, methods in DOCUMENT['paths'].items()
+              for method, told in methods.items()]
+every_operation = pytest.mark.parametrize(('method', 'path', 'told'), OPERATIONS,
+                                          ids=[f'{method} {path}' for method, path, _ in OPERATIONS])
 
 
 def test_the_document_is_valid_openapi():
@@ -89,7 +92,8 @@ def test_a_query_is_described_as_it_is_checked():
     documents = Schemas(ROOT / 'schemas').documents
     for route in ROUTES:
         path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
-        parameters = [resolve(item) for item in DOCUMENT['paths'][path][route.method.lower()].get('parameters', ())]
+        parameters = [resolve(item)
+                      for item in DOCUMENT['paths'][path][route.method.lower()].get('parameters', ())]
         shown = {item['name'] for item in parameters if item['in'] == 'query'} - {'ticket'}
         assert shown == set(documents[route.query]['properties'])
 
@@ -103,20 +107,27 @@ def test_streams_and_the_websocket_are_described_by_events():
     assert data and all(check.is_valid(event) for event in data)
     assert set(execute['headers']) == {'X-Session-Id', 'X-Run-Id', 'Location'}
     socket = DOCUMENT['paths']['/agent/ws']['get']
-    assert socket['x-websocket']['receive'] == {'$ref': '#/components/schemas/Event'} and '101' in socket['responses']
+    assert socket['x-websocket']['receive'] == {'$ref': '#/components/schemas/Event'}
+    assert '101' in socket['responses']
 
 
 def test_a_limit_says_when_to_come_again():
-    assert failures(next(route for route in ROUTES if route.path == '/api/agent/execute'))['429']['headers'].keys() == {'Retry-After'}
+    assert failures(next(route for route in ROUTES
+                         if route.path == '/api/agent/execute'))['429']['headers'].keys() == {'Retry-After'}
 
 
 @pytest.mark.parametrize('answer', [
     ('GET', '/api/workspaces', 299, '{"success": true, "data": []}'), ('GET', '/api/workspaces', 200, '[]'),
-    ('GET', '/api/workspaces', 200, '{"success": true, "data": [], "more": 1}'), ('GET', '/health', 200, '{"status": "healthy"}'),
+    ('GET', '/api/workspaces', 200, '{"success": true, "data": [], "more": 1}'),
+    ('GET', '/health', 200, '{"status": "healthy"}'),
     ('GET', '/api/workspaces/a', 404, '{"success": false, "error": "x", "code": "SESSION_NOT_FOUND"}'),
-    ('GET', '/api/workspaces/a', 409, '{"success": false, "error": "x", "code": "SESSION_BUSY"}'), ('GET', '/nowhere', 200, '{}'),
-    ('POST', '/api/tickets', 201, '{"success": true, "data": {"ticket": "x", "expiresIn": 30, "surprise": 1}}'),
-    ('GET', '/api/templates', 200, '{"success": true, "data": [{"name": "x", "description": "", "default": true, "image": "x", "state": "ready", "odd": 1}]}'),
+    ('GET', '/api/workspaces/a', 409, '{"success": false, "error": "x", "code": "SESSION_BUSY"}'),
+    ('GET', '/nowhere', 200, '{}'),
+    ('POST', '/api/tickets', 201,
+     '{"success": true, "data": {"ticket": "x", "expiresIn": 30, "surprise": 1}}'),
+    ('GET', '/api/templates', 200,
+     '{"success": true, "data": [{"name": "x", "description": "", "default": true, "image": "x", "state": '
+     '"ready", "odd": 1}]}'),
 ], ids=lambda answer: f'{answer[0]} {answer[1]} {answer[2]}')
 def test_the_check_of_all_answers_finds_what_is_not_promised(answer):
     method, path, status, body = answer
@@ -126,8 +137,10 @@ def test_the_check_of_all_answers_finds_what_is_not_promised(answer):
 
 def test_the_check_of_all_answers_lets_pass_what_is_promised():
     workspaces = SCHEMAS['Workspace']['examples']
-    check_answer('GET', '/api/workspaces?type=agent', 200, {'Content-Type': 'application/json'}, lambda: json.dumps({'success': True, 'data': workspaces}))
-    check_answer('GET', '/nowhere', 404, {'Content-Type': 'application/json'}, lambda: '{"success": false, "error": "x", "code": "NOT_FOUND"}')
+    check_answer('GET', '/api/workspaces?type=agent', 200, {'Content-Type': 'application/json'},
+                 lambda: json.dumps({'success': True, 'data': workspaces}))
+    check_answer('GET', '/nowhere', 404, {'Content-Type': 'application/json'},
+                 lambda: '{"success": false, "error": "x", "code": "NOT_FOUND"}')
 
 
 def test_the_frame_names_what_the_operations_refer_to():

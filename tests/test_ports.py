@@ -13,7 +13,8 @@ FIFTY = 240  # seconds, on two cores
 
 
 def free_base():
-    """Return the first of 600 ports on which nobody listens, so that the tests of several people don't meet."""
+    """Return the first of 600 ports on which nobody listens, so that the tests of several people don't
+    meet."""
     while True:
         base = random.randrange(12000, 32000, 600)
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
@@ -28,7 +29,8 @@ SSH, CUSTOM = EDITOR + 200, EDITOR + 400
 
 def ranges(count, *, ssh=None):
     """Return settings with `count` ports of each kind."""
-    return {'CODE_SERVER_PORTS': f'{EDITOR}-{EDITOR + count - 1}', 'SSH_PORTS': f'{SSH}-{SSH + (ssh or count) - 1}',
+    return {'CODE_SERVER_PORTS': f'{EDITOR}-{EDITOR + count - 1}',
+            'SSH_PORTS': f'{SSH}-{SSH + (ssh or count) - 1}',
             'CUSTOM_PORTS': f'{CUSTOM}-{CUSTOM + count - 1}'}
 
 
@@ -45,38 +47,47 @@ def used(server):
     return {kind: count['used'] for kind, count in server.get('/health')['ports'].items()}
 
 
-def test_fifty_creates_at_once_get_ports_of_their_own_or_are_told_that_there_are_none(make_server, docker_client):
+def test_fifty_creates_at_once_get_ports_of_their_own_or_are_told_that_there_are_none(make_server,
+                                                                                      docker_client):
     server = make_server(**ranges(47, ssh=60))
     server.running('warm')  # the image is there
     delete(server, 'warm')
     begun = time.monotonic()
-    answers = concurrently(*(lambda number=number: server.call('POST', '/api/workspaces', {'name': f'many-{number}', 'ports': [3000]})
+    answers = concurrently(*(lambda number=number: server.call('POST', '/api/workspaces',
+                                                               {'name': f'many-{number}', 'ports': [3000]})
                              for number in range(50)))
     made = [answer.json()['data'] for answer in answers if answer.status_code == 201]
     refused = [answer.json() for answer in answers if answer.status_code != 201]
     assert len(made) == 47 and len(refused) == 3
     for answer in refused:
-        assert answer['code'] == 'PORT_EXHAUSTED' and f'CODE_SERVER_PORTS={EDITOR}-{EDITOR + 46}' in answer['error'], answer
+        assert answer['code'] == 'PORT_EXHAUSTED' and f'CODE_SERVER_PORTS={EDITOR}-{EDITOR + 46}' in answer['error'], answer  # noqa: E501
     assert used(server) == {'codeServer': 47, 'ssh': 47, 'custom': 47}
     answered = time.monotonic()
-    server.until(lambda: [item['status'] for item in server.get('/api/workspaces')] == ['running'] * 47, FIFTY)
+    server.until(lambda: [item['status'] for item in server.get('/api/workspaces')] == ['running'] * 47,
+                 FIFTY)
     ran = time.monotonic()
     found = server.get('/api/workspaces')
-    ports = [port for item in found for port in (item['codeServerPort'], item['sshPort'], item['ports']['3000'])]
+    ports = [port for item in found for port in (item['codeServerPort'], item['sshPort'],
+                                                 item['ports']['3000'])]
     assert len(set(ports)) == 3 * 47
     assert sorted(item['codeServerPort'] for item in found) == list(range(EDITOR, EDITOR + 47))
-    answers = concurrently(*(lambda item=item: server.call('DELETE', f"/api/workspaces/{item['id']}").status_code for item in made))
+    answers = concurrently(*(lambda item=item: server.call('DELETE',
+                                                           f"/api/workspaces/{item['id']}").status_code
+                                                           for item in made))
     assert set(answers) <= {200, 202}
     server.until(lambda: server.get('/api/workspaces') == [], 60)
-    print(f'fifty at once: answered after {answered - begun:.1f} s, 47 ran after {ran - begun:.1f} s, deleted in {time.monotonic() - ran:.1f} s')
-    assert objects_of(docker_client, server.instance) == [] and used(server) == {'codeServer': 0, 'ssh': 0, 'custom': 0}
+    print(f'fifty at once: answered after {answered - begun:.1f} s, 47 ran after {ran - begun:.1f} s, '
+          f'deleted in {time.monotonic() - ran:.1f} s')
+    assert objects_of(docker_client, server.instance) == [] and used(server) == {'codeServer': 0, 'ssh': 0,
+                                                                                 'custom': 0}
 
 
 def test_an_exhausted_range_is_named_and_nothing_stays_reserved(make_server):
     server = make_server(**ranges(3, ssh=1))
     server.create('first')
     answer = server.call('POST', '/api/workspaces', {'name': 'second'})
-    assert answer.status_code == 503 and answer.json()['code'] == 'PORT_EXHAUSTED' and f'SSH_PORTS={SSH}-{SSH}' in answer.json()['error']
+    assert answer.status_code == 503 and answer.json()['code'] == 'PORT_EXHAUSTED'
+    assert f'SSH_PORTS={SSH}-{SSH}' in answer.json()['error']
     assert used(server) == {'codeServer': 1, 'ssh': 1, 'custom': 0}
     answer = server.call('POST', '/api/workspaces', {'name': 'second', 'ssh': False, 'ports': [1, 2, 3, 4]})
     assert answer.status_code == 503 and f'CUSTOM_PORTS={CUSTOM}-{CUSTOM + 2}' in answer.json()['error']
@@ -92,17 +103,21 @@ def test_ports_on_which_others_listen_are_passed_over(make_server):
     assert 'already in use' not in server.log.read_text()  # it looked, and did not run into them
 
 
-def test_a_port_that_was_taken_after_its_reservation_is_changed_for_the_next(own_templates, make_server, docker_client):
+def test_a_port_that_was_taken_after_its_reservation_is_changed_for_the_next(own_templates, make_server,
+                                                                             docker_client):
     folder, add_template = own_templates
     add_template('slow', 'RUN ["/bin/sleep", "2"]')
     server = make_server(**ranges(6), TEMPLATES_DIR=str(folder))
     created = server.create('late', template='slow', ports=[3000])
-    assert [created['codeServerPort'], created['sshPort'], created['ports']] == [EDITOR, SSH, {'3000': CUSTOM}]
+    assert [created['codeServerPort'], created['sshPort'], created['ports']] == [EDITOR, SSH,
+                                                                                 {'3000': CUSTOM}]
     with listening(EDITOR, EDITOR + 1, SSH):
         workspace = server.wait_status('late', 'running')
-    assert [workspace['codeServerPort'], workspace['sshPort'], workspace['ports']] == [EDITOR + 2, SSH + 1, {'3000': CUSTOM}]
+    assert [workspace['codeServerPort'], workspace['sshPort'], workspace['ports']] == [EDITOR + 2, SSH + 1,
+                                                                                       {'3000': CUSTOM}]
     found = inspect(docker_client, server, 'late')
-    assert json.loads(found['Config']['Labels']['agentbackend.ports']) == {'codeServer': EDITOR + 2, 'ssh': SSH + 1, '3000': CUSTOM}
+    assert json.loads(found['Config']['Labels']['agentbackend.ports']) == {'codeServer': EDITOR + 2,
+                                                                           'ssh': SSH + 1, '3000': CUSTOM}
     assert used(server) == {'codeServer': 1, 'ssh': 1, 'custom': 1}
 
 
@@ -113,12 +128,14 @@ def test_five_ports_are_tried_and_no_more(make_server, network, docker_client):
         server.create('unlucky', ssh=False)
         failed = server.wait_status('unlucky', 'error')
     assert 'address already in use' in failed['error'] and failed['codeServerPort'] is None
-    assert objects_of(docker_client, server.instance) == [] and used(server) == {'codeServer': 0, 'ssh': 0, 'custom': 0}
+    assert objects_of(docker_client, server.instance) == [] and used(server) == {'codeServer': 0, 'ssh': 0,
+                                                                                 'custom': 0}
     delete(server, 'unlucky')
     with listening(EDITOR, EDITOR + 1, EDITOR + 2, EDITOR + 3):
         server.create('luckier', ssh=False)
         server.until(lambda: server.get('/api/workspaces/luckier')['containerId'])
-        assert inspect(docker_client, server, 'luckier')['NetworkSettings']['Ports']['8443/tcp'][0]['HostPort'] == str(EDITOR + 4)
+        assert inspect(docker_client, server,
+                       'luckier')['NetworkSettings']['Ports']['8443/tcp'][0]['HostPort'] == str(EDITOR + 4)
     delete(server, 'luckier')
 
 
@@ -128,7 +145,10 @@ def test_ports_of_another_servers_stopped_workspace_are_not_taken(make_server):
     verb(one, 'sleeper', 'stop')
     one.wait_status('sleeper', 'stopped')
     second = two.running('neighbour')
-    assert (first['codeServerPort'], first['sshPort']) == (EDITOR, SSH) and (second['codeServerPort'], second['sshPort']) == (EDITOR + 1, SSH + 1)
+    assert (first['codeServerPort'], first['sshPort']) == (EDITOR, SSH) and (second['codeServerPort'],
+                                                                             second['sshPort']) == (EDITOR
+                                                                                                    + 1,
+                                                                                                    SSH + 1)
     verb(one, 'sleeper', 'start')
     assert one.wait_status('sleeper', 'running')['codeServerPort'] == EDITOR
 
@@ -138,14 +158,16 @@ def test_two_servers_that_create_at_once_neither_collide_nor_see_each_other(make
     for server in servers:
         server.running('warm')
     names = [f'same-{number}' for number in range(8)]
-    concurrently(*(lambda server=server, name=name: server.running(name) for name in names for server in servers))
+    concurrently(*(lambda server=server, name=name: server.running(name) for name in names
+                   for server in servers))
     found = [server.get('/api/workspaces') for server in servers]
     assert [sorted(item['name'] for item in items) for items in found] == [[*names, 'warm']] * 2
     ports = [port for items in found for item in items for port in (item['codeServerPort'], item['sshPort'])]
     assert len(set(ports)) == len(ports) == 36
     assert servers[1].call('GET', f"/api/workspaces/{found[0][0]['id']}").status_code == 404
     concurrently(*(lambda item=item: delete(servers[0], item['id']) for item in found[0]))
-    assert servers[0].get('/api/workspaces') == [] and {item['status'] for item in servers[1].get('/api/workspaces')} == {'running'}
+    assert servers[0].get('/api/workspaces') == [] and {item['status']
+                                                        for item in servers[1].get('/api/workspaces')} == {'running'}  # noqa: E501
 
 
 @pytest.mark.parametrize('env', [CLONE_FAILS, {'CRASH': '1'}], ids=['clone', 'crash'])
@@ -173,5 +195,6 @@ def test_a_stopped_workspace_whose_port_was_taken_starts_when_it_is_free_again(m
         server.wait_status('patient', 'error')
     verb(server, 'patient', 'start')
     after = server.wait_status('patient', 'running')
-    assert after['error'] is None and after['containerId'] == before['containerId'] and after['codeServerPort'] == EDITOR
+    assert after['error'] is None and after['containerId'] == before['containerId']
+    assert after['codeServerPort'] == EDITOR
     assert in_container(docker_client, server, 'patient', 'cat /workspace/patient/file') == 'kept'

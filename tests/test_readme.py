@@ -44,27 +44,30 @@ def on_port_3100(tmp_path, docker_client):
 
 def test_the_whole_exchange_with_curl_works_as_it_stands(on_port_3100, tmp_path, docker_client):
     script = '\n'.join(f'echo "--- {number}"\n{command}\necho' for number, command in enumerate(exchange()))
-    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', script], env={**os.environ, 'HOME': str(tmp_path)}, cwd=tmp_path,
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', script],
+                          env={**os.environ, 'HOME': str(tmp_path)}, cwd=tmp_path,
                           capture_output=True, text=True, timeout=1500, stdin=subprocess.DEVNULL)
     said = dict(re.findall(r'--- (\d+)\n(.*?)(?=\n--- |\Z)', done.stdout, re.DOTALL))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"status":"healthy"' in said['0'] and '"status":"creating"' in said['1'] and '"status":"running"' in said['2']
+    assert '"status":"healthy"' in said['0'] and '"status":"creating"' in said['1']
+    assert '"status":"running"' in said['2']
     assert said['3'].startswith('1.4.5\n')
     assert said['4'].rstrip().endswith('hello')
-    assert '"type":"progress"' in said['5'] and '{"step":1,"total":3,"message":"Creating index.ts..."}' in said['5']
+    assert '"type":"progress"' in said['5']
+    assert '{"step":1,"total":3,"message":"Creating index.ts..."}' in said['5']
     assert '"type":"result"' in said['5']
     assert '"deleted":true' in said['6']
 
 
 def test_every_setting_that_the_readme_names_exists():
-    from agentbackend import Config
+    from _agentbackend.config import Config
     known = {name.upper() for name in Config.__dataclass_fields__}
     named = set(re.findall(r'\b([A-Z]+(?:_[A-Z]+)+)=', README)) | set(re.findall(r'-e ([A-Z_]+)=', README))
     assert named <= known, named - known
 
 
 def test_the_table_of_errors_knows_every_code():
-    from agentbackend_pages import every_error
+    from _agentbackend.pages import every_error
     codes = {error.code for error in every_error()}
     told = set(re.findall(r'`([A-Z_]+)`', section('The API at a glance').partition('### Errors')[2]))
     assert codes <= told, codes - told
@@ -73,7 +76,8 @@ def test_the_table_of_errors_knows_every_code():
 def test_the_table_of_calls_names_every_route():
     from agentbackend import ROUTES
     told = section('The API at a glance')
-    for route in [route for route in ROUTES if not route.path.startswith('/static/')]:  # which only the pages call
+    # Which only the pages call.
+    for route in [route for route in ROUTES if not route.path.startswith('/static/')]:
         last = re.sub(r'<\w+>', '', route.path).rstrip('/').rpartition('/')[2]
         assert last in told or route.path == '/', route.path
 
@@ -85,8 +89,10 @@ def test_the_embedding_example_serves_both_programs(tmp_path):
     code = blocks(section('Embedding'), 'python')[0]
     assert '8000' in code
     (tmp_path / 'program.py').write_text(code.replace('8000', str(port)))
-    env = {**os.environ, 'STATE_DIR': str(tmp_path), 'INSTANCE': 'embedded', 'PREBUILD': 'none', 'PYTHONPATH': str(ROOT)}
-    with subprocess.Popen([sys.executable, str(tmp_path / 'program.py')], env=env, stdin=subprocess.DEVNULL) as running:
+    env = {**os.environ, 'STATE_DIR': str(tmp_path), 'INSTANCE': 'embedded', 'PREBUILD': 'none',
+           'PYTHONPATH': str(ROOT)}
+    with subprocess.Popen([sys.executable, str(tmp_path / 'program.py')], env=env,
+                          stdin=subprocess.DEVNULL) as running:
         try:
             def get(path):
                 for _ in range(100):
@@ -112,9 +118,13 @@ def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_cl
         served.create('mine', ssh=False)
         workspace = served.wait_status('mine', 'running', 'error', timeout=1500)
         assert workspace['status'] == 'running', workspace
-        code, output = docker_client.containers.get(f'{served.instance}-mine').exec_run(['lua5.4', 'main.lua'], user='dev', workdir='/workspace/mine')
+        code, output = docker_client.containers.get(f'{served.instance}-mine').exec_run(['lua5.4',
+                                                                                         'main.lua'],
+                                                                                         user='dev',
+                                                                                         workdir='/workspace/mine')
         assert (code, output) == (0, b'hello\n')
-        assert any(item['name'] == 'lua' and item['description'] == 'Lua, with what all workspaces share.' for item in served.get('/api/templates'))
+        assert any(item['name'] == 'lua' and item['description'] == 'Lua, with what all workspaces share.'
+                   for item in served.get('/api/templates'))
     finally:
         served.call('DELETE', '/api/workspaces/mine')
         served.stop()
@@ -124,18 +134,24 @@ def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_cl
 
 
 def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client):
-    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank', AGENT_COMMAND='node /workspace/agent.mjs').start()
+    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
+                    AGENT_COMMAND='node /workspace/agent.mjs').start()
     try:
         served.create('worker', ssh=False)
         served.wait_status('worker', 'running', timeout=1500)
         container = docker_client.containers.get(f'{served.instance}-worker')
         script = next(block for block in blocks(section('Writing an agent'), 'js') if 'agent.mjs' in block)
-        container.exec_run(['sh', '-c', 'printf %s "$SCRIPT" >/workspace/agent.mjs'], user='dev', environment={'SCRIPT': script})
-        answer = served.call('POST', '/api/agent/execute', {'workspaceId': 'worker', 'task': 'write this', 'agent': 'command'}, headers={'Accept': 'application/json'})
+        container.exec_run(['sh', '-c', 'printf %s "$SCRIPT" >/workspace/agent.mjs'], user='dev',
+                           environment={'SCRIPT': script})
+        answer = served.call('POST', '/api/agent/execute',
+                             {'workspaceId': 'worker', 'task': 'write this', 'agent': 'command'},
+                             headers={'Accept': 'application/json'})
         session = answer.json()['data']['sessionId']
         served.until(lambda: served.get(f'/api/agent/sessions/{session}')['state'] != 'running')
-        told = [(event['type'], event['data'].get('message')) for event in served.get(f'/api/agent/sessions/{session}/events')['events'][1:]]
-        assert told == [('progress', 'Reading the task'), ('message', 'I was asked: write this'), ('progress', 'Writing it down'), ('result', 'It is in task.txt.')]
+        told = [(event['type'], event['data'].get('message'))
+                for event in served.get(f'/api/agent/sessions/{session}/events')['events'][1:]]
+        assert told == [('progress', 'Reading the task'), ('message', 'I was asked: write this'),
+                        ('progress', 'Writing it down'), ('result', 'It is in task.txt.')]
         assert container.exec_run(['cat', '/workspace/worker/task.txt'])[1] == b'write this'
     finally:
         served.call('DELETE', '/api/workspaces/worker')
@@ -154,32 +170,43 @@ def with_nginx(folder, port, target):
     location = blocks(section('Homelab'), 'nginx')[0].replace('127.0.0.1:3100', target)
     mapping = re.search(r'`(map \$http_upgrade.*?)`', section('Homelab'))[1]
     config = folder / 'nginx.conf'
-    config.write_text(f'daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\nhttp {{ access_log off; {mapping}\n'
-                      f'client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; '
+    config.write_text(f'daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\nhttp '
+                      f'{{ access_log off; {mapping}\n'
+                      f'client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path '
+                      f'{folder}/f; uwsgi_temp_path {folder}/u; '
                       f'scgi_temp_path {folder}/s;\nserver {{ listen 127.0.0.1:{port}; {location} }} }}\n')
     return [shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin'), '-c', str(config)]
 
 
 def with_caddy(folder, port, target):
-    """Return the command that runs Caddy with the README's block, but without a certificate, which takes a name that the world knows."""
+    """Return the command that runs Caddy with the README's block, but without a certificate, which takes a
+    name that the world knows."""
     block = re.search(r'```\n(dev\.example\.org \{.*?)```', section('Homelab'), re.DOTALL)[1]
     config = folder / 'Caddyfile'
-    config.write_text('{\nadmin off\n}\n' + block.replace('127.0.0.1:3100', target).replace('dev.example.org {', f'http://dev.example.org:{port} {{'))
+    config.write_text('{\nadmin off\n}\n' + block.replace('127.0.0.1:3100',
+                                                          target).replace('dev.example.org {',
+                                                                          f'http://dev.example.org:{port} {{'))  # noqa: E501
     return ['caddy', 'run', '--config', str(config), '--adapter', 'caddyfile']
 
 
 @pytest.mark.parametrize('proxy', [with_nginx, with_caddy])
 def test_behind_a_proxy_streams_and_websockets_pass(make_server, tmp_path, proxy):
-    server, port = make_server(ALLOWED_HOSTS='dev.example.org', ALLOWED_ORIGINS='https://dev.example.org'), free_port()
+    server, port = make_server(ALLOWED_HOSTS='dev.example.org',
+                               ALLOWED_ORIGINS='https://dev.example.org'), free_port()
     env = {**os.environ, 'XDG_DATA_HOME': str(tmp_path), 'XDG_CONFIG_HOME': str(tmp_path)}
-    with subprocess.Popen(proxy(tmp_path, port, f'127.0.0.1:{server.port}'), stdin=subprocess.DEVNULL, env=env) as running:
+    with subprocess.Popen(proxy(tmp_path, port, f'127.0.0.1:{server.port}'), stdin=subprocess.DEVNULL,
+                          env=env) as running:
         try:
             headers = {'Host': f'dev.example.org:{port}', 'Origin': 'https://dev.example.org'}
-            server.until(lambda: not subprocess.run(['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}'], stderr=subprocess.DEVNULL).returncode, 10)
-            assert requests.get(f'http://127.0.0.1:{port}/health', headers=headers, timeout=5).json()['docker'] == 'connected'
-            with requests.get(f'http://127.0.0.1:{port}/agent/sse/some-session', headers=headers, stream=True, timeout=5) as stream:
+            server.until(lambda: not subprocess.run(['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}'],
+                                                    stderr=subprocess.DEVNULL).returncode, 10)
+            assert requests.get(f'http://127.0.0.1:{port}/health', headers=headers,
+                                timeout=5).json()['docker'] == 'connected'
+            with requests.get(f'http://127.0.0.1:{port}/agent/sse/some-session', headers=headers, stream=True,
+                              timeout=5) as stream:
                 assert next(stream.iter_lines()) == b': events'
-            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host=headers['Host'], origin='https://dev.example.org', timeout=5)
+            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host=headers['Host'],
+                                                 origin='https://dev.example.org', timeout=5)
             client.send('{"type":"ping"}')
             assert '"pong"' in client.recv()
             client.close()
@@ -188,7 +215,8 @@ def test_behind_a_proxy_streams_and_websockets_pass(make_server, tmp_path, proxy
 
 
 def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, templates_dir):
-    """As the README has it, but for the base image, which is one that this engine has: nothing can be pulled everywhere."""
+    """As the README has it, but for the base image, which is one that this engine has: nothing can be pulled
+    everywhere."""
     builder = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='python').start()
     builder.create('first', ssh=False)
     builder.wait_status('first', 'running', timeout=1500)
@@ -199,19 +227,23 @@ def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, tem
     assert 'FROM python:3.12-slim\n' in dockerfile
     source = tmp_path / 'source'
     source.mkdir()
-    for name in subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0'):
+    for name in subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+                               cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0'):
         if name and (ROOT / name).exists() and not name.startswith('tests/'):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    (source / 'Dockerfile').write_text(dockerfile.replace('FROM python:3.12-slim\n', f'FROM {image}\nENTRYPOINT []\n'))
+    (source / 'Dockerfile').write_text(dockerfile.replace('FROM python:3.12-slim\n',
+                                                          f'FROM {image}\nENTRYPOINT []\n'))
     tag = f'agentbackend-test:{builder.instance}'
     docker_client.images.build(path=str(source), tag=tag, rm=True, forcerm=True)
-    environment = {'API_TOKEN': 'change-me', 'WORKSPACE_HOST': 'localhost', 'INSTANCE': builder.instance, 'PREBUILD': 'none'}
-    container = docker_client.containers.run(tag, detach=True, environment=environment, ports={'3100/tcp': ('127.0.0.1', None)},
-                                             volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})
+    environment = {'API_TOKEN': 'change-me', 'WORKSPACE_HOST': 'localhost', 'INSTANCE': builder.instance,
+                   'PREBUILD': 'none'}
+    container = docker_client.containers.run(tag, detach=True, environment=environment,
+                                             ports={'3100/tcp': ('127.0.0.1', None)},
+                                             volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})  # noqa: E501
     try:
         container.reload()
-        builder.port, builder.headers = int(container.ports['3100/tcp'][0]['HostPort']), {'Authorization': 'Bearer change-me'}
+        builder.port, builder.headers = int(container.ports['3100/tcp'][0]['HostPort']), {'Authorization': 'Bearer change-me'}  # noqa: E501
 
         def connected():
             try:

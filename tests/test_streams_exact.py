@@ -13,7 +13,8 @@ from test_adoption import OwnEngine
 
 COUNT = 5000  # lines of each stream
 # 20 lines of each stream, every 90 ms or so.
-PRINT = (f"n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 20 ]; do echo out $n; echo err $n >&2; n=$((n+1)); m=$((m+1)); done; "
+PRINT = (f"n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 20 ]; do echo out $n; echo err $n >&2; "
+         "n=$((n+1)); m=$((m+1)); done; "
          "usleep 85000; done; echo done")
 LIMIT = 90  # seconds
 
@@ -41,7 +42,8 @@ class Follower:
 
     def open(self):
         if self.kind == 'sse':
-            return Sse(self.server, f'/api/workspaces/{self.workspace_id}/events?tail=100000', after=self.last_id, timeout=30)
+            return Sse(self.server, f'/api/workspaces/{self.workspace_id}/events?tail=100000',
+                       after=self.last_id, timeout=30)
         stream = Ws(self.server, timeout=30)
         after = {} if self.last_id is None else {'after': self.last_id}
         stream.send(type='subscribe', workspaceId=self.workspace_id, tail=100000, **after)
@@ -67,7 +69,8 @@ class Follower:
 def text_of(server, engine, workspace):
     """Return what the engine itself says was printed: {stream: lines}."""
     api = engine.client.api
-    return {name: api.logs(workspace['containerId'], stdout=name == 'stdout', stderr=name == 'stderr').decode().splitlines() for name in ('stdout', 'stderr')}
+    return {name: api.logs(workspace['containerId'], stdout=name == 'stdout',
+                           stderr=name == 'stderr').decode().splitlines() for name in ('stdout', 'stderr')}
 
 
 def until(condition, deadline):
@@ -85,7 +88,8 @@ def annoy(followers, stop):
 
 @pytest.fixture(scope='module')
 def followed(tmp_path_factory, templates_dir, docker_client):
-    """Clients that have followed the lines through the deaths of their connections, of the server and of the engine; and the truth."""
+    """Clients that have followed the lines through the deaths of their connections, of the server and of the
+    engine; and the truth."""
     folder, network = tmp_path_factory.mktemp('exact'), Network()
     engine = OwnEngine(folder, network, '--live-restore').start()
     served = Served(folder, templates_dir, network=network, DOCKER_HOST=f'unix://{engine.socket}')
@@ -93,7 +97,8 @@ def followed(tmp_path_factory, templates_dir, docker_client):
         served.start()
         served.running('warm')  # the image is there
         workspace_id = served.create('flood', env={'PRINT': PRINT})['id']
-        followers = [Follower(served, workspace_id, kind, seed) for seed, kind in enumerate(['sse', 'sse', 'ws', 'ws'])]
+        followers = [Follower(served, workspace_id, kind, seed)
+                     for seed, kind in enumerate(['sse', 'sse', 'ws', 'ws'])]
         jobs, stop = [gevent.spawn(follower.run) for follower in followers], gevent.event.Event()
         jobs.append(gevent.spawn(annoy, followers, stop))
         deadline = time.monotonic() + LIMIT
@@ -117,7 +122,8 @@ def followed(tmp_path_factory, templates_dir, docker_client):
         workspace = served.wait_status('flood', 'running')
         truth = text_of(served, engine, workspace)
         gevent.killall(jobs)
-        print(f'{turn} deaths', [(follower.kind, follower.connections, len(follower.lines)) for follower in followers])
+        print(f'{turn} deaths', [(follower.kind, follower.connections, len(follower.lines))
+                                 for follower in followers])
         yield followers, truth, served
     finally:
         served.stop()
@@ -128,7 +134,8 @@ def followed(tmp_path_factory, templates_dir, docker_client):
 
 
 def test_the_container_printed_all_that_it_should(followed):
-    """What an engine loses by dying is not ours to tell; it must be next to nothing for the other tests to mean something."""
+    """What an engine loses by dying is not ours to tell; it must be next to nothing for the other tests to
+    mean something."""
     _, truth, _ = followed
     assert truth['stdout'][0] == 'tiny is up' and truth['stdout'][-1] == 'done'
     for name in ('stdout', 'stderr'):
@@ -141,7 +148,8 @@ def test_every_line_is_told_once_and_in_order(followed, number):
     followers, truth, served = followed
     follower = followers[number]
     assert follower.connections > 8, 'it was not cut off often enough'
-    told = {name: [text for stream, text in follower.lines if stream == name] for name in ('stdout', 'stderr')}
+    told = {name: [text for stream, text in follower.lines if stream == name]
+            for name in ('stdout', 'stderr')}
     for name in ('stdout', 'stderr'):
         counted = collections.Counter(told[name])
         assert [line for line in truth[name] if not counted[line]][:5] == [], 'missing'

@@ -8,15 +8,18 @@ import threading
 import pytest
 import requests
 from conftest import ROOT, Served, objects_of, remove_objects
+from helpers import state_path
 
-SKELETON_TESTS = {'bun-typescript': 'bun test', 'node-typescript': 'npm test', 'python': 'python -m pytest -q', 'blank': 'test -f README.md'}
+SKELETON_TESTS = {'bun-typescript': 'bun test', 'node-typescript': 'npm test',
+                  'python': 'python -m pytest -q', 'blank': 'test -f README.md'}
 USER_AND_PASSWORD = 'ann:s3cret-canary'
 
 
 @pytest.fixture(scope='module')
 def real(tmp_path_factory, docker_client):
     """A server with the real templates only; a cold build of the base image takes some four minutes."""
-    served = Served(tmp_path_factory.mktemp('real'), ROOT / 'templates', DEFAULT_TEMPLATE='bun-typescript').start()
+    served = Served(tmp_path_factory.mktemp('real'), ROOT / 'templates',
+                    DEFAULT_TEMPLATE='bun-typescript').start()
     yield served
     served.stop()
     print(served.log.read_text()[-5000:])
@@ -33,8 +36,10 @@ def key(tmp_path_factory):
 def ssh(workspace, key, command, *, user='dev'):
     """Run a command over SSH, on the published port, with the key."""
     return subprocess.run(
-        ['ssh', '-i', str(key), '-p', str(workspace['sshPort']), '-o', 'StrictHostKeyChecking=no', '-o', 'UserKnownHostsFile=/dev/null',
-         '-o', 'BatchMode=yes', '-o', 'IdentitiesOnly=yes', '-o', 'LogLevel=ERROR', f'{user}@127.0.0.1', command],
+        ['ssh', '-i', str(key), '-p', str(workspace['sshPort']), '-o', 'StrictHostKeyChecking=no', '-o',
+         'UserKnownHostsFile=/dev/null',
+         '-o', 'BatchMode=yes', '-o', 'IdentitiesOnly=yes', '-o', 'LogLevel=ERROR', f'{user}@127.0.0.1',
+         command],
         capture_output=True, text=True, timeout=60)
 
 
@@ -58,9 +63,11 @@ def test_a_workspace_has_an_editor_ssh_bun_and_keeps_its_files(real, key, docker
     login = requests.get(f"http://127.0.0.1:{workspace['codeServerPort']}/", timeout=10)
     assert login.status_code == 200 and 'password' in login.text.lower()
     session = requests.Session()
-    entered = session.post(f"http://127.0.0.1:{workspace['codeServerPort']}/login", data={'password': workspace['codeServerPassword']}, timeout=20)
+    entered = session.post(f"http://127.0.0.1:{workspace['codeServerPort']}/login",
+                           data={'password': workspace['codeServerPassword']}, timeout=20)
     assert 'workbench' in entered.text
-    refused = requests.post(f"http://127.0.0.1:{workspace['codeServerPort']}/login", data={'password': 'wrong'}, timeout=20)
+    refused = requests.post(f"http://127.0.0.1:{workspace['codeServerPort']}/login",
+                            data={'password': 'wrong'}, timeout=20)
     assert 'Incorrect password' in refused.text
     real.call('POST', '/api/workspaces/main/stop')
     real.wait_status('main', 'stopped')
@@ -68,7 +75,7 @@ def test_a_workspace_has_an_editor_ssh_bun_and_keeps_its_files(real, key, docker
     again = real.wait_status('main', 'running')
     assert again['sshPort'] == workspace['sshPort']
     assert ssh(again, key, 'cat $PROJECT_DIR/note.txt').stdout == 'kept\n'
-    assert real.until(lambda: real.get('/api/workspaces/main')['resources'], 10)['memoryUsage'] > 10_000_000
+    real.until(lambda: real.get('/api/workspaces/main')['resources']['memoryUsage'] > 10_000_000, 10)
     assert real.call('DELETE', '/api/workspaces/main').status_code == 200
     assert not objects_of(docker_client, real.instance)
 
@@ -97,7 +104,8 @@ def test_the_skeleton_of_a_template_passes_its_own_tests(real, docker_client, te
 def test_bun_run_dev_serves_on_a_published_port(real, docker_client):
     workspace = made(real, 'dev-server', ports=[3000], ssh=False)
     container = docker_client.containers.get(f'{real.instance}-dev-server')
-    container.exec_run(['bash', '-c', 'bun run dev'], user='dev', workdir='/workspace/dev-server', detach=True)
+    container.exec_run(['bash', '-c', 'bun run dev'], user='dev', workdir='/workspace/dev-server',
+                       detach=True)
 
     def answers():
         try:
@@ -119,7 +127,8 @@ def test_an_agent_workspace_gains_no_privileges(real, docker_client):
 
 @pytest.fixture(scope='module')
 def git_server(tmp_path_factory, docker_client):
-    """A repository over HTTP, open under /open and with a password under /closed, on the address that containers reach."""
+    """A repository over HTTP, open under /open and with a password under /closed, on the address that
+    containers reach."""
     folder = tmp_path_factory.mktemp('git')
     work, git = folder / 'work', ['git', '-c', 'user.name=t', '-c', 'user.email=t@example.org']
     subprocess.run(['git', 'init', '-q', '-b', 'main', work], check=True)
@@ -147,7 +156,7 @@ def git_server(tmp_path_factory, docker_client):
         def log_message(self, *args):
             pass
 
-    gateway = str(next(ipaddress.ip_network(docker_client.networks.get('bridge').attrs['IPAM']['Config'][0]['Subnet']).hosts()))
+    gateway = str(next(ipaddress.ip_network(docker_client.networks.get('bridge').attrs['IPAM']['Config'][0]['Subnet']).hosts()))  # noqa: E501
     server = http.server.ThreadingHTTPServer((gateway, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'{gateway}:{server.server_port}'
@@ -159,23 +168,31 @@ def test_a_repository_is_cloned_with_its_branch_and_without_its_credentials(real
                      gitUrl=f'http://{USER_AND_PASSWORD}@{git_server}/closed/repo.git')
     assert workspace['status'] == 'running', workspace
     assert workspace['gitUrl'] == f'http://{git_server}/closed/repo.git'
-    assert inside(docker_client, real, 'cloned', 'cat hello.txt; git rev-parse --abbrev-ref HEAD')[1] == 'hello\nfeature/x\n'
+    assert inside(docker_client, real, 'cloned',
+                  'cat hello.txt; git rev-parse --abbrev-ref HEAD')[1] == 'hello\nfeature/x\n'
     container = docker_client.containers.get(f'{real.instance}-cloned')
     volume = docker_client.volumes.get(f"{real.instance}-{workspace['id']}")
     secret = USER_AND_PASSWORD.partition(':')[2]
-    places = {'inspect': str(container.attrs), 'volume': str(volume.attrs), 'container log': container.logs().decode(),
-              'server log': real.log.read_text(), 'state file': (real.folder / 'state' / f'{real.instance}.json').read_text(),
+    places = {'inspect': str(container.attrs), 'volume': str(volume.attrs),
+              'container log': container.logs().decode(),
+              'server log': real.log.read_text(),
+              'state file': state_path(real).read_bytes().decode('latin-1')
+              + state_path(real).with_name(f'{state_path(real).name}-wal').read_bytes().decode('latin-1'),
               'api': real.call('GET', '/api/workspaces/cloned').text,
-              'files': container.exec_run(['grep', '-rlsF', secret, '/workspace', '/etc', '/home', '/run', '/tmp', '/root'])[1].decode(),
-              'processes': container.exec_run(['bash', '-c', 'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null'])[1].decode('utf-8', 'replace')}
+              'files': container.exec_run(['grep', '-rlsF', secret, '/workspace', '/etc', '/home', '/run',
+                                           '/tmp', '/root'])[1].decode(),
+              'processes': container.exec_run(['bash', '-c',
+                                               'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null'])[1].decode('utf-8', 'replace')}  # noqa: E501
     assert not [place for place, text in places.items() if secret in text]
     assert not places['files']
     real.call('DELETE', '/api/workspaces/cloned')
 
 
 @pytest.mark.parametrize(('path', 'branch', 'words'), [
-    ('open/missing.git', None, 'not found'), ('open/repo.git', 'no-such-branch', 'no-such-branch'), ('closed/repo.git', None, 'could not read Username')])
-def test_a_failed_clone_is_told_in_gits_own_words_and_leaves_nothing(real, docker_client, git_server, path, branch, words):
+    ('open/missing.git', None, 'not found'), ('open/repo.git', 'no-such-branch', 'no-such-branch'),
+    ('closed/repo.git', None, 'could not read Username')])
+def test_a_failed_clone_is_told_in_gits_own_words_and_leaves_nothing(real, docker_client, git_server, path,
+                                                                     branch, words):
     fields = {'gitUrl': f'http://{git_server}/{path}'} | ({'gitBranch': branch} if branch else {})
     workspace = made(real, 'broken', template='blank', ssh=False, **fields)
     assert workspace['status'] == 'error' and words in workspace['error'], workspace
@@ -186,17 +203,20 @@ def test_a_failed_clone_is_told_in_gits_own_words_and_leaves_nothing(real, docke
 
 def test_extra_certificates_are_trusted_inside(real, docker_client):
     made(real, 'trusting', template='blank', ssh=False)
-    code, output = inside(docker_client, real, 'trusting', 'echo $NODE_EXTRA_CA_CERTS; test -s /etc/ssl/certs/ca-certificates.crt')
+    code, output = inside(docker_client, real, 'trusting',
+                          'echo $NODE_EXTRA_CA_CERTS; test -s /etc/ssl/certs/ca-certificates.crt')
     assert code == 0 and output.strip() == '/etc/ssl/certs/ca-certificates.crt'
     real.call('DELETE', '/api/workspaces/trusting')
 
 
 def test_readiness_is_asked_for_inside_where_ports_are_out_of_reach(tmp_path, docker_client, key):
-    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank', WORKSPACE_HOST='dev.example.org').start()
+    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
+                    WORKSPACE_HOST='dev.example.org').start()
     try:
         workspace = made(served, 'elsewhere', sshPublicKeys=[key.with_suffix('.pub').read_text().strip()])
         assert workspace['status'] == 'running', workspace
-        assert workspace['codeServerUrl'].startswith('http://dev.example.org:') and workspace['sshCommand'].endswith('dev@dev.example.org')
+        assert workspace['codeServerUrl'].startswith('http://dev.example.org:')
+        assert workspace['sshCommand'].endswith('dev@dev.example.org')
     finally:
         served.call('DELETE', '/api/workspaces/elsewhere')
         served.stop()

@@ -1,4 +1,5 @@
-"""What goes over the wire, byte for byte: lines of logs, frames of WebSockets, and what a client may not do."""
+"""What goes over the wire, byte for byte: lines of logs, frames of WebSockets, and what a client may not
+do."""
 import base64
 import contextlib
 import json
@@ -15,33 +16,14 @@ import pytest
 import websockets.exceptions
 import websockets.sync.client
 from conftest import Served
-from streaming import (
-    BINARY,
-    CLOSE,
-    PING,
-    PONG,
-    TEXT,
-    Connection,
-    Ws,
-    connect,
-    frame,
-    read_head,
-)
+from streaming import BINARY, CLOSE, PING, PONG, TEXT, Connection, Ws, connect, frame, read_head
 
-import agentbackend_wire
-from agentbackend_wire import (
-    MAX_LINE,
-    STDERR,
-    STDOUT,
-    LogDamaged,
-    LogLines,
-    LogPosition,
-    parse_stamp,
-    text_frame,
-    unmask,
-)
+from _agentbackend import wire
+from _agentbackend.dockerlog import MAX_LINE, STDERR, STDOUT, LogDamaged, LogLines, parse_stamp
+from _agentbackend.positions import LogPosition
+from _agentbackend.wire import text_frame, unmask
 
-LARGEST = agentbackend_wire.Handler.max_message  # bytes
+LARGEST = wire.Handler.max_message  # bytes
 STAMP = '2026-11-23T20:56:17.{:09d}Z'
 SECOND = 1795467377 * 10**9  # of STAMP
 
@@ -57,8 +39,10 @@ def framed(stream, nanoseconds, content):
 
 
 def long_line(stream, nanoseconds, content):
-    """Return the frames of a line as the engine cuts it: 16 KB each, and the stamp of the first in all of them."""
-    return b''.join(framed(stream, nanoseconds, content[start:start + 16384]) for start in range(0, len(content), 16384))
+    """Return the frames of a line as the engine cuts it: 16 KB each, and the stamp of the first in all of
+    them."""
+    return b''.join(framed(stream, nanoseconds, content[start:start + 16384])
+                    for start in range(0, len(content), 16384))
 
 
 def lines_of(data, *, tty=False, step=None):
@@ -77,8 +61,10 @@ def test_the_stamp_is_read_to_the_nanosecond():
 
 
 def test_frames_may_be_cut_anywhere():
-    data = framed(1, 1, b'one\n') + framed(2, 2, b'two\n') + framed(1, 3, '€ 😀\n'.encode()) + framed(1, 4, b'\n') + framed(2, 5, b'last')
-    wanted = [(STDOUT, SECOND + 1, 'one'), (STDERR, SECOND + 2, 'two'), (STDOUT, SECOND + 3, '€ 😀'), (STDOUT, SECOND + 4, ''), (STDERR, SECOND + 5, 'last')]
+    data = framed(1, 1, b'one\n') + framed(2, 2, b'two\n') + framed(1, 3, '€ 😀\n'.encode()) + framed(1, 4,
+                                                                                                     b'\n') + framed(2, 5, b'last')  # noqa: E501
+    wanted = [(STDOUT, SECOND + 1, 'one'), (STDERR, SECOND + 2, 'two'), (STDOUT, SECOND + 3, '€ 😀'),
+              (STDOUT, SECOND + 4, ''), (STDERR, SECOND + 5, 'last')]
     for cut in range(len(data) + 1):
         parser = LogLines(False)
         assert parser.feed(data[:cut]) + parser.feed(data[cut:]) + parser.end() == wanted, cut
@@ -90,18 +76,21 @@ def test_a_long_line_in_several_frames_is_one(size):
     content = random.Random(size).randbytes(size).hex()[:size].encode() + b'\n'
     data = framed(1, 1, b'before\n') + long_line(1, 2, content) + framed(1, 3, b'after\n')
     for step in (None, 1000, 16384):
-        assert lines_of(data, step=step) == [(1, SECOND + 1, 'before'), (1, SECOND + 2, content[:-1].decode()), (1, SECOND + 3, 'after')]
+        assert lines_of(data, step=step) == [(1, SECOND + 1, 'before'),
+                                             (1, SECOND + 2, content[:-1].decode()), (1, SECOND + 3, 'after')]
 
 
 def test_long_lines_of_both_streams_may_be_mixed():
     out, err = b'o' * 40_000 + b'\n', b'e' * 40_000 + b'\n'
     parts = [(1, 1, out), (2, 2, err)]
-    data = b''.join(framed(stream, number, content[start:start + 16384]) for start in range(0, 40_001, 16384) for stream, number, content in parts)
+    data = b''.join(framed(stream, number, content[start:start + 16384]) for start in range(0, 40_001, 16384)
+                    for stream, number, content in parts)
     assert lines_of(data) == [(1, SECOND + 1, 'o' * 40_000), (2, SECOND + 2, 'e' * 40_000)]
 
 
 @pytest.mark.parametrize(('tty', 'data'), [
-    (False, b'\3\0\0\0\0\0\0\x26Error grabbing logs: invalid character'), (True, b'Error grabbing logs: invalid character\n')])
+    (False, b'\3\0\0\0\0\0\0\x26Error grabbing logs: invalid character'),
+    (True, b'Error grabbing logs: invalid character\n')])
 def test_what_the_engine_says_of_a_damaged_log_is_no_line(tty, data):
     parser = LogLines(tty)
     with pytest.raises(LogDamaged, match='Error grabbing logs: invalid character'):
@@ -134,13 +123,16 @@ def test_a_line_over_the_limit_is_cut_and_costs_no_more():
 
 
 def test_what_is_no_utf_8_is_replaced_and_everything_else_left_alone():
-    data = framed(1, 1, b'bad \xff\xfe\n') + framed(1, 2, b'\x1b[31mred\x1b[0m\n') + framed(1, 3, b'a\0b\n') + framed(1, 4, b'10%\r20%\r\n') + framed(1, 5, b' two  spaces \n')
-    assert [text for _, _, text in lines_of(data)] == ['bad \ufffd\ufffd', '\x1b[31mred\x1b[0m', 'a\0b', '10%\r20%', ' two  spaces ']
+    data = framed(1, 1, b'bad \xff\xfe\n') + framed(1, 2, b'\x1b[31mred\x1b[0m\n') + framed(1, 3,
+                                                                                            b'a\0b\n') + framed(1, 4, b'10%\r20%\r\n') + framed(1, 5, b' two  spaces \n')  # noqa: E501
+    assert [text for _, _, text in lines_of(data)] == ['bad \ufffd\ufffd', '\x1b[31mred\x1b[0m', 'a\0b',
+                                                       '10%\r20%', ' two  spaces ']
 
 
 def test_a_line_without_an_end_is_told_at_the_end_or_before_the_next():
     assert lines_of(framed(1, 1, b'no end')) == [(1, SECOND + 1, 'no end')]
-    assert lines_of(framed(1, 1, b'no end') + framed(1, 2, b'next\n')) == [(1, SECOND + 1, 'no end'), (1, SECOND + 2, 'next')]
+    assert lines_of(framed(1, 1, b'no end') + framed(1, 2, b'next\n')) == [(1, SECOND + 1, 'no end'),
+                                                                           (1, SECOND + 2, 'next')]
     assert LogLines(False).end() == LogLines(True).end() == []
 
 
@@ -149,35 +141,40 @@ def test_a_frame_that_is_cut_off_is_not_told():
 
 
 def test_with_a_terminal_there_are_no_frames():
-    data = stamp(1) + b' one\r\n' + stamp(2) + ' \x1b[1m€\x1b[0m\rover\r\n'.encode() + stamp(3) + b' \r\n' + stamp(4) + b' > '
-    wanted = [(1, SECOND + 1, 'one'), (1, SECOND + 2, '\x1b[1m€\x1b[0m\rover'), (1, SECOND + 3, ''), (1, SECOND + 4, '> ')]
+    data = stamp(1) + b' one\r\n' + stamp(2) + ' \x1b[1m€\x1b[0m\rover\r\n'.encode() + stamp(3) + b' \r\n' + stamp(4) + b' > '  # noqa: E501
+    wanted = [(1, SECOND + 1, 'one'), (1, SECOND + 2, '\x1b[1m€\x1b[0m\rover'), (1, SECOND + 3, ''),
+              (1, SECOND + 4, '> ')]
     for step in (None, 1, 7):
         assert lines_of(data, tty=True, step=step) == wanted
 
 
 def test_with_a_terminal_the_stamps_within_a_long_line_are_taken_out():
     content = b'x' * 16384 + stamp(1) + b' ' + b'y' * 16384 + stamp(1) + b' ' + b'z\r\n'
-    assert lines_of(stamp(1) + b' ' + content, tty=True, step=1000) == [(1, SECOND + 1, 'x' * 16384 + 'y' * 16384 + 'z')]
+    assert lines_of(stamp(1) + b' ' + content, tty=True,
+                    step=1000) == [(1, SECOND + 1, 'x' * 16384 + 'y' * 16384 + 'z')]
 
 
 # Positions
 
 
 def read_again(log, position, dice):
-    """Give the lines of a log as the engine does when it is asked from a position on: inclusive, and some of them twice after a rotation."""
+    """Give the lines of a log as the engine does when it is asked from a position on: inclusive, and some of
+    them twice after a rotation."""
     found = [line for line in log if line[1] >= position.since()]
     start, end = sorted(dice.randrange(len(found) + 1) for _ in range(2))
     repeated = found[start:end]
-    # A rotation repeats lines that were read, and goes on. One that began with the last line of a stream could not be told from a
-    # second line of the same nanosecond; a file has more lines than one.
-    if dice.random() < 0.5 and all(min(stamps) < max(stamps) for stream in (STDOUT, STDERR) if (stamps := [line[1] for line in repeated if line[0] == stream])):
+    # A rotation repeats lines that were read, and goes on. One that began with the last line of a stream
+    # could not be told from a second line of the same nanosecond; a file has more lines than one.
+    if dice.random() < 0.5 and all(min(stamps) < max(stamps) for stream in (STDOUT, STDERR)
+                                   if (stamps := [line[1] for line in repeated if line[0] == stream])):
         found = found[:end] + found[start:]
     return found
 
 
 @pytest.mark.parametrize('seed', range(40))
 def test_reading_again_from_any_position_gives_each_line_once(seed):
-    """Two streams, mixed in any order, each in the order of its stamps, of which some are equal; cut off again and again."""
+    """Two streams, mixed in any order, each in the order of its stamps, of which some are equal; cut off
+    again and again."""
     for turn in range(10):
         dice = random.Random(seed * 1000 + turn)
         now, streams = {STDOUT: 5 * 10**9, STDERR: 5 * 10**9}, {STDOUT: [], STDERR: []}
@@ -189,7 +186,8 @@ def test_reading_again_from_any_position_gives_each_line_once(seed):
             log.append((stream, now[stream], number))
         log.sort(key=lambda line: line[1] + dice.randrange(500))
         for stream, numbers in streams.items():  # within a stream the order is that of the stamps
-            order = iter(sorted((line for line in log if line[0] == stream), key=lambda line: (line[1], line[2])))
+            order = iter(sorted((line for line in log if line[0] == stream),
+                                key=lambda line: (line[1], line[2])))
             log = [next(order) if line[0] == stream else line for line in log]
             assert [line[2] for line in log if line[0] == stream] == numbers
         position, told, size = LogPosition(), [], 0
@@ -206,11 +204,13 @@ def test_reading_again_from_any_position_gives_each_line_once(seed):
 def test_a_position_survives_being_written_down():
     dice = random.Random(3)
     for _ in range(500):
-        one = LogPosition((dice.randrange(2**62), dice.choice((1, 1, 2, 500))), (dice.choice((0, dice.randrange(2**62))), 1))
+        one = LogPosition((dice.randrange(2**62), dice.choice((1, 1, 2, 500))),
+                          (dice.choice((0, dice.randrange(2**62))), 1))
         assert str(LogPosition.parse(str(one))) == str(one) and LogPosition.parse(str(one))._last == one._last
 
 
-@pytest.mark.parametrize('text', ['', '-', '1', '1-', '-1', '1-2-3', '1+-2', 'g-1', '1-2+', '1--2', ' 1-2', '1-2\n', '1' * 17 + '-1', '1-2+123456789', '0x1-2'])
+@pytest.mark.parametrize('text', ['', '-', '1', '1-', '-1', '1-2-3', '1+-2', 'g-1', '1-2+', '1--2', ' 1-2',
+                                  '1-2\n', '1' * 17 + '-1', '1-2+123456789', '0x1-2'])
 def test_nonsense_is_no_position(text):
     with pytest.raises(ValueError, match='is no position'):
         LogPosition.parse(text)
@@ -229,7 +229,8 @@ def test_a_silent_stream_is_asked_for_a_little_earlier():
 def test_frames_have_the_right_length(size):
     data = os.urandom(size)
     found = text_frame(data)
-    wanted = bytes([0x81, size]) if size < 126 else b'\x81\x7e' + struct.pack('!H', size) if size < 65536 else b'\x81\x7f' + struct.pack('!Q', size)
+    wanted = bytes([0x81, size]) if size < 126 else b'\x81\x7e' + struct.pack('!H',
+                                                                              size) if size < 65536 else b'\x81\x7f' + struct.pack('!Q', size)  # noqa: E501
     assert found == wanted + data
 
 
@@ -248,7 +249,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wire')
     (folder / 'templates' / 'tiny').mkdir(parents=True)
     (folder / 'templates' / 'tiny' / 'Dockerfile').write_text('FROM scratch\n')
-    served = Served(folder, folder / 'templates', DOCKER_HOST=f'unix://{folder}/no.sock', ALLOWED_ORIGINS='https://app.example', ALLOWED_HOSTS='dev.example')
+    served = Served(folder, folder / 'templates', DOCKER_HOST=f'unix://{folder}/no.sock',
+                    ALLOWED_ORIGINS='https://app.example', ALLOWED_HOSTS='dev.example')
     yield served.start(connected=False)
     assert served.stop() == 0
     assert 'Traceback' not in served.log.read_text(), served.log.read_text()[-3000:]
@@ -277,24 +279,37 @@ def ends(stream, code):
 
 
 def test_the_handshake_is_that_of_the_rfc(server):
-    with Connection(server, '/agent/ws', {'Upgrade': 'WebSocket', 'Connection': 'keep-alive, Upgrade', 'Sec-WebSocket-Version': '13',
+    with Connection(server, '/agent/ws', {'Upgrade': 'WebSocket', 'Connection': 'keep-alive, Upgrade',
+                                          'Sec-WebSocket-Version': '13',
                                           'Sec-WebSocket-Key': 'dGhlIHNhbXBsZSBub25jZQ=='}, 5) as stream:
-        assert stream.status == 101 and stream.headers['sec-websocket-accept'] == 's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
-        assert stream.headers['upgrade'].lower() == 'websocket' and stream.headers['connection'].lower() == 'upgrade'
+        assert stream.status == 101
+        assert stream.headers['sec-websocket-accept'] == 's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
+        assert stream.headers['upgrade'].lower() == 'websocket'
+        assert stream.headers['connection'].lower() == 'upgrade'
 
 
 @pytest.mark.parametrize(('path', 'headers', 'status', 'code'), [
-    ('/agent/other', {}, 404, 'NOT_FOUND'), ('/agent/ws/', {}, 404, 'NOT_FOUND'), ('/api/workspaces', {}, 200, None),
-    ('/agent/ws', {'Origin': 'https://evil.example'}, 403, 'FORBIDDEN'), ('/agent/ws', {'Origin': 'null'}, 403, 'FORBIDDEN'),
-    ('/agent/ws', {'Host': 'evil.example'}, 403, 'FORBIDDEN'), ('/agent/ws', {'Sec_WebSocket_Key': 'short'}, 426, 'VALIDATION_ERROR'),
-    ('/agent/ws', {'Sec_WebSocket_Key': None}, 426, 'VALIDATION_ERROR'), ('/agent/ws', {'Sec_WebSocket_Key': '!' * 24}, 426, 'VALIDATION_ERROR'),
-    ('/agent/ws', {'Sec_WebSocket_Version': '8'}, 426, 'VALIDATION_ERROR'), ('/agent/ws', {'Sec_WebSocket_Version': None}, 426, 'VALIDATION_ERROR'),
-    ('/agent/ws', {'Upgrade': 'h2c'}, 426, 'VALIDATION_ERROR'), ('/agent/ws', {'Connection': 'keep-alive'}, 426, 'VALIDATION_ERROR')], ids=repr)
+    ('/agent/other', {}, 404, 'NOT_FOUND'), ('/agent/ws/', {}, 404, 'NOT_FOUND'),
+    ('/api/workspaces', {}, 200, None),
+    ('/agent/ws', {'Origin': 'https://evil.example'}, 403, 'FORBIDDEN'),
+    ('/agent/ws', {'Origin': 'null'}, 403, 'FORBIDDEN'),
+    ('/agent/ws', {'Host': 'evil.example'}, 403, 'FORBIDDEN'),
+    ('/agent/ws', {'Sec_WebSocket_Key': 'short'}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Sec_WebSocket_Key': None}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Sec_WebSocket_Key': '!' * 24}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Sec_WebSocket_Version': '8'}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Sec_WebSocket_Version': None}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Upgrade': 'h2c'}, 426, 'VALIDATION_ERROR'),
+    ('/agent/ws', {'Connection': 'keep-alive'}, 426, 'VALIDATION_ERROR')], ids=repr)
 def test_what_is_not_granted_gets_an_http_answer(server, path, headers, status, code):
     with connect(server) as sock, sock.makefile('rb') as file:
-        fields = {'Host': 'localhost', 'Upgrade': 'websocket', 'Connection': 'Upgrade', 'Sec-WebSocket-Version': '13',
-                  'Sec-WebSocket-Key': base64.b64encode(os.urandom(16)).decode(), **{name.replace('_', '-'): value for name, value in headers.items()}}
-        sock.sendall(f'GET {path} HTTP/1.1\r\n'.encode() + b''.join(f'{name}: {value}\r\n'.encode() for name, value in fields.items() if value is not None) + b'\r\n')
+        fields = {'Host': 'localhost', 'Upgrade': 'websocket', 'Connection': 'Upgrade',
+                  'Sec-WebSocket-Version': '13',
+                  'Sec-WebSocket-Key': base64.b64encode(os.urandom(16)).decode(),
+                  **{name.replace('_', '-'): value for name, value in headers.items()}}
+        sock.sendall(f'GET {path} HTTP/1.1\r\n'.encode()
+                     + b''.join(f'{name}: {value}\r\n'.encode() for name, value in fields.items()
+                                if value is not None) + b'\r\n')
         found, answered = read_head(file)
         assert found == status and answered['content-type'] == 'application/json'
         body = json.loads(file.read(int(answered['content-length'])))
@@ -303,27 +318,39 @@ def test_what_is_not_granted_gets_an_http_answer(server, path, headers, status, 
 
 def test_http_1_0_is_no_websocket(server):
     with connect(server) as sock, sock.makefile('rb') as file:
-        sock.sendall(b'GET /agent/ws HTTP/1.0\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n'
+        sock.sendall(b'GET /agent/ws HTTP/1.0\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: '
+                     b'Upgrade\r\nSec-WebSocket-Version: 13\r\n'
                      b'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n')
         assert read_head(file)[0] in (400, 426)
     assert 'Traceback' not in server.log.read_text()
 
 
-@pytest.mark.parametrize('headers', [{'Origin': 'https://app.example'}, {'Origin': 'http://localhost:5173'}, {'Origin': 'http://127.0.0.1:1'}, {'Host': 'dev.example'}], ids=repr)
+@pytest.mark.parametrize('headers', [{'Origin': 'https://app.example'}, {'Origin': 'http://localhost:5173'},
+                                     {'Origin': 'http://127.0.0.1:1'}, {'Host': 'dev.example'}], ids=repr)
 def test_who_is_allowed_comes_in(server, headers):
     with Ws(server, **headers) as stream:
         assert stream.status == 101 and is_alive(stream)
 
 
 BROKEN = {
-    'unmasked': (frame(b'{"type":"ping"}', masked=False), 1002), 'reserved-bit-1': (frame(b'x', flags=4), 1002), 'reserved-bit-3': (frame(b'x', flags=1), 1002),
-    'reserved-opcode-3': (frame(b'x', 3), 1002), 'reserved-opcode-11': (frame(b'x', 11), 1002), 'fragmented-ping': (frame(b'x', PING, fin=False), 1002),
-    'fragmented-close': (frame(b'', CLOSE, fin=False), 1002), 'long-ping': (frame(b'x' * 126, PING), 1002), 'long-close': (frame(b'\3\xe8' + b'x' * 124, CLOSE), 1002),
-    'stray-continuation': (frame(b'x', 0), 1002), 'text-within-text': (frame(b'x', fin=False) + frame(b'y'), 1002),
-    'not-utf-8': (frame(b'"\xff"'), 1007), 'not-utf-8-in-a-fragment': (frame(b'"', fin=False) + frame(b'\xc0\xaf"', 0), 1007), 'half-a-character': (frame('€'.encode()[:2]), 1007),
-    'surrogate': (frame(b'\xed\xa0\x80'), 1007), 'close-reason-not-utf-8': (frame(b'\3\xe8\xff', CLOSE), 1007),
-    '4-gib': (frame(b'', length=2**32), 1009), 'all-of-64-bits': (frame(b'', length=2**63 - 1), 1009), 'one-byte-too-many': (frame(b'', length=LARGEST + 1), 1009),
-    'close-of-one-byte': (frame(b'\3', CLOSE), 1002), **{f'close-{code}': (frame(struct.pack('!H', code), CLOSE), 1002) for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)}}
+    'unmasked': (frame(b'{"type":"ping"}', masked=False), 1002),
+    'reserved-bit-1': (frame(b'x', flags=4), 1002), 'reserved-bit-3': (frame(b'x', flags=1), 1002),
+    'reserved-opcode-3': (frame(b'x', 3), 1002), 'reserved-opcode-11': (frame(b'x', 11), 1002),
+    'fragmented-ping': (frame(b'x', PING, fin=False), 1002),
+    'fragmented-close': (frame(b'', CLOSE, fin=False), 1002), 'long-ping': (frame(b'x' * 126, PING), 1002),
+    'long-close': (frame(b'\3\xe8' + b'x' * 124, CLOSE), 1002),
+    'stray-continuation': (frame(b'x', 0), 1002), 'text-within-text': (frame(b'x', fin=False) + frame(b'y'),
+                                                                       1002),
+    'not-utf-8': (frame(b'"\xff"'), 1007), 'not-utf-8-in-a-fragment': (frame(b'"', fin=False)
+                                                                       + frame(b'\xc0\xaf"', 0), 1007),
+                                                                       'half-a-character': (frame('€'.encode()[:2]), 1007),  # noqa: E501
+    'surrogate': (frame(b'\xed\xa0\x80'), 1007), 'close-reason-not-utf-8': (frame(b'\3\xe8\xff', CLOSE),
+                                                                            1007),
+    '4-gib': (frame(b'', length=2**32), 1009), 'all-of-64-bits': (frame(b'', length=2**63 - 1), 1009),
+    'one-byte-too-many': (frame(b'', length=LARGEST + 1), 1009),
+    'close-of-one-byte': (frame(b'\3', CLOSE), 1002),
+    **{f'close-{code}': (frame(struct.pack('!H', code), CLOSE), 1002)
+       for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)}}
 
 
 @pytest.mark.parametrize(('sent', 'code'), BROKEN.values(), ids=BROKEN.keys())
@@ -332,8 +359,10 @@ def test_what_breaks_the_protocol_is_closed_with_its_code(ws, sent, code):
     ends(ws, code)
 
 
-@pytest.mark.parametrize(('payload', 'code', 'reason'), [(b'\3\xe8', 1000, ''), (b'\x0f\xa1bye', 4001, 'bye'), (b'', None, ''), (b'\3\xe9' + '€'.encode() * 41, 1001, '€' * 41),
-                                                         (b'\x0b\xb8', 3000, ''), (b'\3\xf3', 1011, '')])
+@pytest.mark.parametrize(('payload', 'code', 'reason'),
+                         [(b'\3\xe8', 1000, ''), (b'\x0f\xa1bye', 4001, 'bye'), (b'', None, ''),
+                          (b'\3\xe9' + '€'.encode() * 41, 1001, '€' * 41),
+                          (b'\x0b\xb8', 3000, ''), (b'\3\xf3', 1011, '')])
 def test_a_close_is_answered_with_its_own_code(ws, payload, code, reason):
     ws.send_frame(payload, CLOSE)
     assert ws.closing() == (code, reason)
@@ -408,7 +437,8 @@ def test_who_leaves_without_a_word_is_no_trouble(server):
 def test_sigterm_says_1001(tmp_path, server):
     (tmp_path / 'templates' / 'tiny').mkdir(parents=True)
     (tmp_path / 'templates' / 'tiny' / 'Dockerfile').write_text('FROM scratch\n')
-    served = Served(tmp_path, tmp_path / 'templates', DOCKER_HOST=f'unix://{tmp_path}/no.sock').start(connected=False)
+    served = Served(tmp_path, tmp_path / 'templates',
+                    DOCKER_HOST=f'unix://{tmp_path}/no.sock').start(connected=False)
     try:
         with Ws(served) as stream:
             assert is_alive(stream)
@@ -435,14 +465,15 @@ def pair():
         socket, max_message, server, rfile = ours, LARGEST, None, ours.makefile('rb')
 
     theirs.settimeout(15)
-    yield agentbackend_wire.Socket({}, agentbackend_wire.Stream(handler), handler), Reader()
+    yield wire.Socket({}, wire.Stream(handler), handler), Reader()
     theirs.close()
     ours.close()
 
 
 def test_many_senders_never_tear_a_frame(pair):
     sender, reader = pair
-    jobs = [gevent.spawn(lambda letter=letter: [sender.send_frame(letter * 300_000, TEXT) for _ in range(10)]) for letter in 'abcd']
+    jobs = [gevent.spawn(lambda letter=letter: [sender.send_frame(letter * 300_000, TEXT)
+                                                for _ in range(10)]) for letter in 'abcd']
     found = [reader.read_frame()[1] for _ in range(40)]
     gevent.joinall(jobs, raise_error=True)
     assert all(len(set(payload)) == 1 and len(payload) == 300_000 for payload in found)
@@ -451,16 +482,16 @@ def test_many_senders_never_tear_a_frame(pair):
 
 def test_a_peer_that_does_not_read_is_dropped_after_a_while(pair, monkeypatch):
     sender, _ = pair
-    monkeypatch.setattr(agentbackend_wire, 'SEND_PATIENCE', 0.3)
+    monkeypatch.setattr(wire, 'SEND_TIMEOUT', 0.3)
     begun = time.monotonic()
-    with pytest.raises(agentbackend_wire.WebSocketError):
+    with pytest.raises(wire.WebSocketError):
         sender.send_frame('x' * 10_000_000, TEXT)
     assert 0.2 < time.monotonic() - begun < 2 and sender.closed
 
 
 def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
     sender, reader = pair
-    monkeypatch.setattr(agentbackend_wire, 'SEND_PATIENCE', 0.5)
+    monkeypatch.setattr(wire, 'SEND_TIMEOUT', 0.5)
     reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     job = gevent.spawn(sender.send_frame, 'x' * 3_000_000, TEXT)
     got = 0
@@ -475,8 +506,11 @@ def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
 # Floods
 
 
-@pytest.mark.parametrize(('first', 'flood'), [(b'', frame(b'', PONG)), (frame(b'', fin=False), frame(b'', 0, fin=False)), (b'', frame(b'nonsense')),
-                                              (b'', frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}'))], ids=['pongs', 'fragments', 'nonsense', 'large'])
+@pytest.mark.parametrize(('first', 'flood'), [(b'', frame(b'', PONG)),
+                                              (frame(b'', fin=False), frame(b'', 0, fin=False)),
+                                              (b'', frame(b'nonsense')),
+                                              (b'', frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}'))],
+                                              ids=['pongs', 'fragments', 'nonsense', 'large'])
 def test_a_flood_of_one_client_leaves_the_others_their_turn(server, first, flood):
     with Ws(server) as stream:
         stream.socket.sendall(first)

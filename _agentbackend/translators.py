@@ -1,17 +1,17 @@
-"""What agents print, made into events; knows nothing of workspaces, and nothing of time.
-
-Plans         steps and finished tool calls as progress
-Translators   from the lines of an agent to events
-Runs          from the bytes of a run to events with their places
-"""
+"""What agents print, made into events. Knows nothing of workspaces, and nothing of time."""
 import json
 import math
-from datetime import datetime
+import re
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
 MAX_FIELDS = 50  # of one event
 MAX_PARTS = 1_000_000  # of one line
+LAST_SECOND = 253_370_764_800  # the beginning of year 9999
+MAX_NUMBER = 10**15  # of anything that an agent counts; JavaScript reads it exactly
+
 
 # ---------------------------------------------------------------------------------------------
 # Plans
@@ -40,7 +40,8 @@ class Plan:
         return self._progress(done, len(steps), next(text for text, state in steps if state != 'completed'))
 
     def tool_done(self, title):
-        """Count a finished tool call: all the progress there is to tell where there is no plan. The total is not known."""
+        """Count a finished tool call: all the progress there is to tell where there is no plan. The total is
+        not known."""
         self._done += 1
         return [] if self._planned else self._progress(self._done, None, title)
 
@@ -63,9 +64,11 @@ def shorten(text, limit=MAX_WORDS):
 # ---------------------------------------------------------------------------------------------
 
 def parse_record(text):
-    """Return the JSON object of a line, or None for anything else, NaN and infinite numbers included: a browser could not read them.
+    """Return the JSON object of a line, or None for anything else, NaN and infinite numbers included: a
+    browser could not read them.
 
-    One of very many parts is none either: an object of Python has ten times the size of its text, and to make it takes all others' time.
+    One of very many parts is none either: an object of Python has ten times the size of its text, and to make
+    it takes all others' time.
     """
     if text.count('{') + text.count('[') > MAX_PARTS:
         return None
@@ -92,19 +95,41 @@ def bounded(value):
     return shorten(value) if isinstance(value, str) else value
 
 
-def is_time(text):
-    """Tell whether a time is one of a calendar."""
+def stamp_of(record):
+    """Return the time that a record bears, in seconds since the epoch; None where there is none, or one that
+    no event could show."""
     try:
-        datetime.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')
-    except (TypeError, ValueError, KeyError):
-        return False
-    return True
+        stamp = datetime.fromisoformat(re.sub(r'(\.\d{1,6})\d*', r'\1',
+                                              record['timestamp'].replace('Z', '+00:00')))
+        seconds = (stamp if stamp.tzinfo else stamp.replace(tzinfo=timezone.utc)).timestamp()
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < LAST_SECOND else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `data` is of the result of a successful one; `code` and `message` say why another
+    failed."""
+
+    ok: bool
+    code: str = None
+    message: str = ''
+    data: dict = field(default_factory=dict)
+    total_cost_usd: float = None  # of the whole session
+    duration_ms: int = 0
+    turns: int = None
+
+    def because(self, code, message):
+        """Return the same with another reason."""
+        return replace(self, code=code, message=message)
 
 
 class CommandLines:
-    """The lines of the `command` agent: one of our events as JSON, or plain text. `line` gives [(type, data)].
+    """The lines of the `command` agent: one of our events as JSON, or plain text. `line` gives [(type,
+    data)].
 
-    `outcome` is None until the agent has told its end, then {'ok', 'data' or 'code' and 'message'}.
+    `outcome` is None until the agent has told its end.
     """
 
     independent = True  # a line can be left out without harm to the next
@@ -123,27 +148,32 @@ class CommandLines:
     def end(self, status):
         """Take the exit status: a script that says nothing of its end is judged by it."""
         if self.outcome is None and status == 0:
-            self.outcome = {'ok': True, 'data': {'message': ''}}
+            self.outcome = Outcome(True, data={'message': ''})
 
     def line(self, text):
-        """Return the events of one line. A result or error record is the end; it becomes the run's last event."""
+        """Return the events of one line. A result or error record is the end; it becomes the run's last
+        event."""
         record = parse_record(text)
-        if record is None or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}), dict):
+        if record is None or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}),
+                                                                                    dict):
             return [('message', {'message': shorten(text)})] if text.strip() else []
-        data = {shorten(key, 100): bounded(value) for key, value in list(record.get('data', {}).items())[:MAX_FIELDS]}
+        data = {shorten(key, 100): bounded(value)
+                for key, value in list(record.get('data', {}).items())[:MAX_FIELDS]}
         if record['type'] in ('log', 'message'):
             data['message'] = shorten(data.get('message', ''))
         if record['type'] == 'result':
-            self.outcome = self.outcome or {'ok': True, 'data': data}
+            self.outcome = self.outcome or Outcome(True, data=data)
             return []
         if record['type'] == 'error':
-            self.outcome = self.outcome or {'ok': False, 'code': str(data.get('code', 'AGENT_FAILED')), 'message': str(data.get('message', 'The agent failed.'))}
+            self.outcome = self.outcome or Outcome(False, str(data.get('code', 'AGENT_FAILED')),
+                                                   str(data.get('message', 'The agent failed.')))
             return []
         return [(record['type'], data)]
 
 
 class ClaudeLines:
-    """The lines of Claude Code's `--output-format stream-json`. Unknown records and fields come with every release and are passed over."""
+    """The lines of Claude Code's `--output-format stream-json`. Unknown records and fields come with every
+    release and are passed over."""
 
     independent = False
     ENDS = {'error_max_turns': ('AGENT_MAX_TURNS', 'The task needed more turns than maxTurns allows.'),
@@ -156,18 +186,20 @@ class ClaudeLines:
         self._begun = False
         self._plan = Plan()
         self._tools = {}  # id -> (name, title)
-        self._tasks = {}  # id -> [text while it is done, state]; the plan of the newer task tools, told bit by bit
-        self._wishes = {}  # id of a TaskCreate call -> its activeForm
-        self._background = set()  # ids of other agents' tasks for whose end it waits, to go on with what they have found
+        # Id -> [text while it is done, state]; the plan of the newer task tools, told bit by bit.
+        self._tasks = {}
+        self._calls_to_come = {}  # id of a TaskCreate call -> its activeForm
+        # Ids of other agents' tasks for whose end it waits, to go on with what they have found.
+        self._background = set()
 
     def line(self, text):
         """Return the events of one line."""
         record = parse_record(text)
         if record is None:
             return [('log', {'stream': 'agent', 'message': shorten(text)})] if text.strip() else []
-        if is_time(record.get('timestamp')):
-            self.stamp = record['timestamp']
-        read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user, 'result': self._read_result}
+        self.stamp = stamp_of(record) or self.stamp
+        read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user,
+                'result': self._read_result}
         try:
             return list(read.get(record.get('type'), lambda _: ())(record))
         except (TypeError, AttributeError, KeyError):
@@ -175,23 +207,32 @@ class ClaudeLines:
 
     @property
     def has_ended(self):
-        """Tell whether it has said its last word. It may still wait for other agents; for a command, a server say, it would wait for ever."""
+        """Tell whether it has said its last word. It may still wait for other agents; for a command, a server
+        say, it would wait for ever."""
         return self.outcome is not None and not self._background
 
     def end(self, status):
         """Take the exit status, which tells nothing: Claude Code ends with 0 when it was interrupted."""
 
     def _read_system(self, record):
-        if record.get('subtype') == 'init' and not self._begun:  # a further one comes with each answer to a background task
+        # A further one comes with each answer to a background task.
+        if record.get('subtype') == 'init' and not self._begun:
             self._begun = True
-            yield 'log', {'stream': 'agent', 'message': f"Claude Code {record.get('claude_code_version', '')} with {record.get('model', 'its model')}"}
-        elif record.get('subtype') == 'task_started' and record.get('is_backgrounded') and record.get('task_type') != 'local_bash':
+            yield 'log', {'stream': 'agent',
+                          'message': f"Claude Code {record.get('claude_code_version', '')} with "
+                                     f"{record.get('model', 'its model')}"}
+        elif record.get('subtype') == 'task_started' and record.get('is_backgrounded'):
+            if record.get('task_type') == 'local_bash':
+                return
             self._background.add(str(record.get('task_id')))
         elif record.get('subtype') == 'task_notification':
             self._background.discard(str(record.get('task_id')))
         elif record.get('subtype') == 'api_retry':
-            what = f"answered {record['error_status']} ({record.get('error')})" if record.get('error_status') else f"did not answer ({record.get('error')})"
-            yield 'log', {'stream': 'agent', 'message': f"The API {what}; attempt {record.get('attempt')} of {record.get('max_retries')} follows."}
+            status = record.get('error_status')
+            what = f"{f'answered {status}' if status else 'did not answer'} ({record.get('error')})"
+            yield 'log', {'stream': 'agent',
+                          'message': f"The API {what}; attempt {record.get('attempt')} of "
+                                     f"{record.get('max_retries')} follows."}
 
     def _read_assistant(self, record):
         self.conversed = True
@@ -204,16 +245,17 @@ class ClaudeLines:
                 yield from self._tool_called(block, inner)
 
     def _tool_called(self, block, inner):
-        name, wish = block.get('name', ''), block.get('input') if isinstance(block.get('input'), dict) else {}
+        name, body = block.get('name', ''), block.get('input') if isinstance(block.get('input'), dict) else {}
         if name == 'TodoWrite':
             if not inner:
-                yield from self._plan.steps([(item.get('activeForm') or item.get('content', ''), item.get('status'))
-                                             for item in wish.get('todos', ()) if isinstance(item, dict)])
+                yield from self._plan.steps([(item.get('activeForm') or item.get('content', ''),
+                                              item.get('status'))
+                                             for item in body.get('todos', ()) if isinstance(item, dict)])
             return
         if name in ('TaskCreate', 'TaskUpdate', 'TaskList', 'TaskGet'):
-            self._wishes[block.get('id')] = None if inner else (name, wish)
+            self._calls_to_come[block.get('id')] = None if inner else (name, body)
             return
-        title = tool_title(name, wish)
+        title = tool_title(name, body)
         self._tools[block.get('id')] = name, title, inner
         yield 'log', {'stream': 'tool', 'tool': name, 'status': 'started', 'message': title}
 
@@ -222,11 +264,12 @@ class ClaudeLines:
             if block.get('type') != 'tool_result':
                 continue
             call = block.get('tool_use_id')
-            if call in self._wishes:
-                yield from self._task_result(self._wishes.pop(call), record.get('tool_use_result'))
+            if call in self._calls_to_come:
+                yield from self._task_result(self._calls_to_come.pop(call), record.get('tool_use_result'))
             elif call in self._tools:
                 name, title, inner = self._tools.pop(call)
-                yield 'log', {'stream': 'tool', 'tool': name, 'status': 'failed' if block.get('is_error') else 'completed', 'message': title}
+                yield 'log', {'stream': 'tool', 'tool': name,
+                              'status': 'failed' if block.get('is_error') else 'completed', 'message': title}
                 if not inner:
                     yield from self._plan.tool_done(title)
 
@@ -234,11 +277,12 @@ class ClaudeLines:
         """Rebuild the list of the newer task tools: ids come only in results, texts only in calls."""
         if call is None or not isinstance(result, dict):
             return
-        name, wish = call
+        name, body = call
         if name == 'TaskCreate' and isinstance(result.get('task'), dict):
-            self._tasks[str(result['task'].get('id'))] = [wish.get('activeForm') or wish.get('subject', ''), 'pending']
+            self._tasks[str(result['task'].get('id'))] = [body.get('activeForm') or body.get('subject', ''),
+                                                          'pending']
         elif name == 'TaskUpdate' and str(result.get('taskId')) in self._tasks:
-            state = (result.get('statusChange') or {}).get('to') or wish.get('status')
+            state = (result.get('statusChange') or {}).get('to') or body.get('status')
             if state == 'deleted':
                 del self._tasks[str(result['taskId'])]
             elif state:
@@ -250,18 +294,21 @@ class ClaudeLines:
         yield from self._plan.steps([(text, state) for text, state in self._tasks.values()])
 
     def _read_result(self, record):
-        """Judge by this record alone: an API failure has the subtype `success`, and an interrupted CLI the exit code 0."""
+        """Judge by this record alone: an API failure has the subtype `success`, and an interrupted CLI the
+        exit code 0."""
         text = record.get('result') if isinstance(record.get('result'), str) else ''
-        # An agent that waited for its background tasks tells several ends; turns and time are each one's own, the cost is all of it.
-        before = self.outcome or {'turns': 0, 'durationMs': 0}
-        figures = {'turns': before['turns'] + number_of(record, 'num_turns'), 'durationMs': before['durationMs'] + number_of(record, 'duration_ms'),
-                   'total_cost_usd': number_of(record, 'total_cost_usd')}
+        # An agent that waited for its background tasks tells several ends; turns and time are each one's own,
+        # the cost is all of it.
+        before = self.outcome or Outcome(True, turns=0)
+        figures = {'turns': before.turns + number_of(record, 'num_turns'),
+                   'total_cost_usd': number_of(record, 'total_cost_usd'),
+                   'duration_ms': before.duration_ms + number_of(record, 'duration_ms')}
         if not record.get('is_error') and record.get('subtype') == 'success':
             refused = len(list_of(record, 'permission_denials'))
-            self.outcome = {'ok': True, 'data': {'message': shorten(text)} | ({'permissionDenials': refused} if refused else {}), **figures}
+            self.outcome = Outcome(True, data={'message': shorten(text)}
+                                   | ({'permissionDenials': refused} if refused else {}), **figures)
         else:
-            code, message = self._why(record, text)
-            self.outcome = {'ok': False, 'code': code, 'message': message, **figures}
+            self.outcome = Outcome(False, *self._why(record, text), **figures)
         return ()
 
     def _why(self, record, text):
@@ -269,19 +316,22 @@ class ClaudeLines:
         if str(record.get('subtype')) in self.ENDS:
             return self.ENDS[record['subtype']]
         if 'Not logged in' in text or 'Invalid API key' in text or record.get('api_error_status') == 401:
-            return 'AGENT_NOT_LOGGED_IN', (f'{shorten(text)} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN in the '
+            return 'AGENT_NOT_LOGGED_IN', (f'{shorten(text)} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or '
+                                           'CLAUDE_CODE_OAUTH_TOKEN in the '
                                            'environment of the server, and start it again.')
         if 'No conversation found' in errors:
-            return 'AGENT_UNKNOWN_CONVERSATION', f'{errors} The next task of the session begins a new conversation.'
+            return ('AGENT_UNKNOWN_CONVERSATION',
+                    f'{errors} The next task of the session begins a new conversation.')
         if record.get('api_error_status') or record.get('terminal_reason') == 'api_error':
             return 'AGENT_API_ERROR', shorten(text or errors)
         return 'AGENT_FAILED', shorten(text or errors or f"The agent ended with {record.get('subtype')}.")
 
 
 def number_of(record, name):
-    """Return a number of a record, 0 where there is none."""
+    """Return a number of a record, 0 where there is none, or one that nothing sensible has."""
     value = record.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= MAX_NUMBER else 0
 
 
 def list_of(record, name):
@@ -291,15 +341,16 @@ def list_of(record, name):
 
 def blocks_of(record):
     """Return the content blocks of a message record."""
-    content = (record.get('message') or {}).get('content') if isinstance(record.get('message'), dict) else None
+    content = (record.get('message') or {}).get('content') if isinstance(record.get('message'),
+                                                                         dict) else None
     return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
 
 
-def tool_title(name, wish):
+def tool_title(name, body):
     """Return what a tool call does, in a line."""
     for key in ('command', 'file_path', 'path', 'pattern', 'url', 'query', 'description', 'prompt'):
-        if isinstance(wish.get(key), str) and wish[key]:
-            return shorten(f'{name} {wish[key]}'.splitlines()[0], 300)
+        if isinstance(body.get(key), str) and body[key]:
+            return shorten(f'{name} {body[key]}'.splitlines()[0], 300)
     return name
 
 
@@ -308,20 +359,23 @@ def tool_title(name, wish):
 # ---------------------------------------------------------------------------------------------
 
 class RunReader:
-    """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the same bytes."""
+    """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the
+    same bytes."""
 
-    def __init__(self, number, lines, strike=str, *, skip=0):
+    def __init__(self, number, lines, redact=str, *, skip=0):
         self.number = number
         self.lines = lines
         self._skip = skip if lines.independent else 0  # lines at the beginning whose events nobody wants
-        self._strike = strike  # takes secrets out of a line, before a shortened message can hold a part of one
+        # Takes secrets out of a line, before a shortened message can hold a part of one.
+        self._redact = redact
         self.offset = 0  # bytes taken
         self.count = 0  # lines
         self._rest = bytearray()
         self._too_long = False
 
     def take(self, data, *, ended=False):
-        """Return [(place, type, data, time as the agent wrote it or None)] of the lines that these bytes complete; at the end a last one needs no line end."""
+        """Return [(place, type, data, time as the agent wrote it or None)] of the lines that these bytes
+        complete; at the end a last one needs no line end."""
         self.offset += len(data)
         self._rest += data
         if b'\n' not in data and not ended:
@@ -342,6 +396,9 @@ class RunReader:
             self._too_long = False
             return []
         too_long, self._too_long = self._too_long or len(line) > MAX_LINE, False
-        events = [('log', {'stream': 'agent', 'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
-            else self.lines.line(self._strike(line.decode('utf-8', 'replace')))
-        return [((self.number, self.count, index), kind, data, self.lines.stamp) for index, (kind, data) in enumerate(events)]
+        events = [('log',
+                   {'stream': 'agent',
+                    'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
+            else self.lines.line(self._redact(line.decode('utf-8', 'replace')))
+        return [((self.number, self.count, index), kind, data, self.lines.stamp)
+                for index, (kind, data) in enumerate(events)]

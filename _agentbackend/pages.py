@@ -1,8 +1,4 @@
-"""What the API shows of itself; knows nothing of workspaces.
-
-OpenAPI     the document that describes the routes, made from them, the schemas and the docstrings
-Pages       the dashboard and the reference, and the files that they are made of
-"""
+"""What the API shows of itself: the OpenAPI document, the dashboard and the reference."""
 import copy
 import hashlib
 import html
@@ -12,27 +8,28 @@ import json
 import re
 from pathlib import Path
 
-from agentbackend_config import (
+from _agentbackend import VERSION
+from _agentbackend.errors import (
     BackendError,
     Forbidden,
     NotFound,
     PayloadTooLarge,
     RequestTimeout,
+    StateNotWritten,
     Unauthorized,
     UnsupportedMediaType,
+    UriTooLong,
     ValidationError,
 )
-
-VERSION = '1.0.0'
-
+from _agentbackend.views import RETRY
 
 # ---------------------------------------------------------------------------------------------
 # OpenAPI
 # ---------------------------------------------------------------------------------------------
 
-RETRY = 2000  # milliseconds after which a browser's EventSource comes back
-EVENT_STREAM, PLAIN_TEXT, HTML_PAGE, JSON_TYPE = 'text/event-stream', 'text/plain', 'text/html', 'application/json'
-EVERYWHERE = (ValidationError, Forbidden, BackendError)  # errors that each route has
+EVENT_STREAM, PLAIN_TEXT = 'text/event-stream', 'text/plain'
+HTML_PAGE, JSON_TYPE = 'text/html', 'application/json'
+EVERYWHERE = (ValidationError, UriTooLong, Forbidden, BackendError)  # errors that each route has
 WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
 HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
 
@@ -43,13 +40,17 @@ def openapi_document(routes, schemas, frame):
     document['info']['version'] = VERSION
     named = {name: schema for name, schema in schemas.documents.items() if not name.endswith('-query')}
     titles = {name: schema['title'] for name, schema in named.items()}
-    document['components']['schemas'] = {titles[name]: component(schema, titles) for name, schema in named.items()}
-    document['components']['schemas']['Error']['properties']['code']['examples'] = sorted({error.code for error in every_error()})
-    document['components']['examples'] = {example['code']: {'value': example} for example in schemas.documents['error']['examples']}
-    document['paths'] = {}
+    document['components']['schemas'] = {titles[name]: component(schema, titles)
+                                         for name, schema in named.items()}
+    codes = sorted({error.code for error in every_error()})
+    document['components']['schemas']['Error']['properties']['code']['examples'] = codes
+    document['components']['examples'] = {example['code']: {'value': example}
+                                          for example in schemas.documents['error']['examples']}
+    document['paths'], known = {}, frame['components']['parameters']
     for route in routes:
         path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
-        document['paths'].setdefault(path, {})[route.method.lower()] = operation(route, schemas, titles, frame['components']['parameters'])
+        operations = document['paths'].setdefault(path, {})
+        operations[route.method.lower()] = operation(route, schemas, titles, known)
     return document
 
 
@@ -72,7 +73,8 @@ def component(schema, titles):
         node = {key: renamed(value) for key, value in node.items() if key != '$schema'}
         if isinstance(node.get('$ref'), str):
             file, _, pointer = node['$ref'].partition('#')
-            node['$ref'] = f"#/components/schemas/{titles[file.removesuffix('.json')] if file else own}{pointer}"
+            title = titles[file.removesuffix('.json')] if file else own
+            node['$ref'] = f'#/components/schemas/{title}{pointer}'
         return node
     return renamed(schema)
 
@@ -82,15 +84,19 @@ def operation(route, schemas, titles, known):
     words = ' '.join(route.handler.__doc__.split())
     summary = re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
     name = re.sub('_([a-z])', lambda match: match[1].upper(), route.handler.__name__)
-    shown = {'operationId': name, 'summary': summary, 'description': words, 'tags': [route.tag] if route.tag else []}
+    shown = {'operationId': name, 'summary': summary, 'description': words,
+             'tags': [route.tag] if route.tag else []}
     shown |= {'security': []} if route.open else {}
     parameters = list(parameters_of(route, schemas, known))
     shown |= {'parameters': parameters} if parameters else {}
     if route.body:
-        shown['requestBody'] = {'required': True, 'content': {JSON_TYPE: {'schema': schema_ref(titles[route.body])}}}
+        shown['requestBody'] = {'required': True,
+                                'content': {JSON_TYPE: {'schema': schema_ref(titles[route.body])}}}
     if 101 in route.answers:
-        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']), 'receive': schema_ref(titles['event'])}
-    shown['responses'] = {str(status): answer(route, status, schemas, titles) for status in route.answers} | failures(route)
+        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']),
+                                'receive': schema_ref(titles['event'])}
+    shown['responses'] = {str(status): answer(route, status, schemas, titles)
+                          for status in route.answers} | failures(route)
     return shown
 
 
@@ -109,7 +115,8 @@ def parameters_of(route, schemas, known):
     document = schemas.documents[route.query]
     for name, schema in document['properties'].items():
         words = {key: value for key, value in schema.items() if key != 'description'}
-        yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()), 'description': schema.get('description', ''), 'schema': words}
+        yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()),
+               'description': schema.get('description', ''), 'schema': words}
     if route.method == 'GET' and EVENT_STREAM in route.answers.values():
         yield {'$ref': '#/components/parameters/Last-Event-ID'}
         yield {'$ref': '#/components/parameters/ticket'}
@@ -122,21 +129,27 @@ def answer(route, status, schemas, titles):
     if route.headers:
         shown['headers'] = {name: {'$ref': f'#/components/headers/{name}'} for name in route.headers}
     if wanted == EVENT_STREAM:
-        lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n" for example in schemas.documents['event']['examples'])
-        text = {'type': 'string', 'description': 'The data of each event is an Event as JSON. Lines that begin with a colon are signs of life.',
+        lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n"
+                        for example in schemas.documents['event']['examples'])
+        text = {'type': 'string',
+                'description': 'The data of each event is an Event as JSON. Lines that begin with a colon '
+                               'are signs of life.',
                 'contentMediaType': JSON_TYPE, 'contentSchema': schema_ref(titles['event'])}
-        shown['content'] = {EVENT_STREAM: {'schema': text, 'example': f': events\nretry: {RETRY}\n\n{lines}'}}
+        shown['content'] = {EVENT_STREAM: {'schema': text, 'example': f': events\n\nretry: {RETRY}\n{lines}'}}
     elif wanted and '/' in wanted:
         shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'}}}
     elif wanted:
         data = schema_ref(titles[wanted])
-        envelope = {'type': 'object', 'required': ['success', 'data'], 'properties': {'success': {'const': True}, 'data': data}}
-        shown['content'] = {JSON_TYPE: {'schema': data if route.bare else envelope} | example_of(wanted, schemas, bare=route.bare)}
+        envelope = {'type': 'object', 'required': ['success', 'data'],
+                    'properties': {'success': {'const': True}, 'data': data}}
+        shown['content'] = {JSON_TYPE: {'schema': data if route.bare else envelope}
+                            | example_of(wanted, schemas, bare=route.bare)}
     return shown
 
 
 def example_of(name, schemas, *, bare):
-    """Return the example of an answer as a media type has it: that of its schema, in the envelope unless it is bare."""
+    """Return the example of an answer as a media type has it: that of its schema, in the envelope unless it
+    is bare."""
     schema = schemas.documents[name]
     if schema.get('type') == 'array':
         examples = [schemas.documents[schema['items']['$ref'].removesuffix('.json')]['examples']]
@@ -147,12 +160,15 @@ def example_of(name, schemas, *, bare):
 
 def failures(route):
     """Return what the document says of the ways in which a route fails, by their status."""
-    errors = {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)), *(WITH_A_BODY if route.body else ())}
+    errors = {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)),
+              *(WITH_A_BODY if route.body else ()),
+              *(() if route.method == 'GET' else (StateNotWritten,))}
     shown = {}
     for status in sorted({error.status for error in errors}):
         codes = sorted({error.code for error in errors if error.status == status})
         shown[str(status)] = {'description': ' or '.join(codes), 'content': {JSON_TYPE: {
-            'schema': schema_ref('Error'), 'examples': {code: {'$ref': f'#/components/examples/{code}'} for code in codes}}}}
+            'schema': schema_ref('Error'), 'examples': {code: {'$ref': f'#/components/examples/{code}'}
+                                                        for code in codes}}}}
         if status in HEADERS_OF_ERRORS:
             name = HEADERS_OF_ERRORS[status]
             shown[str(status)]['headers'] = {name: {'$ref': f'#/components/headers/{name}'}}
@@ -163,16 +179,19 @@ def failures(route):
 # Pages
 # ---------------------------------------------------------------------------------------------
 
-MEDIA_TYPES = {'.html': 'text/html; charset=utf-8', '.js': 'text/javascript; charset=utf-8', '.css': 'text/css; charset=utf-8',
+MEDIA_TYPES = {'.html': 'text/html; charset=utf-8', '.js': 'text/javascript; charset=utf-8',
+               '.css': 'text/css; charset=utf-8',
                '.svg': 'image/svg+xml', '.json': JSON_TYPE}
 SAFE_HEADERS = {
-    'Cache-Control': 'no-cache', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
-    'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    'Cache-Control': 'no-cache', 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
+    'Cross-Origin-Resource-Policy': 'same-origin',
+    'Content-Security-Policy':
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 # Scalar writes its styles into the page, and compiles templates of its own making.
-REFERENCE_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
-    'img-src', 'font-src data:; img-src')
+REFERENCE_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace(
+    "style-src 'self'", "style-src 'self' 'unsafe-inline'").replace('img-src', 'font-src data:; img-src')
 SCALAR = 'flask_openapi3_scalar'  # a package from PyPI, of which only the script is used
 
 
@@ -182,7 +201,8 @@ class Page:
     def __init__(self, name, path=None, text=None, **headers):
         self._path = path
         self._text = text
-        self.headers = {'Content-Type': MEDIA_TYPES.get(Path(name).suffix, 'application/octet-stream'), **SAFE_HEADERS, **headers, 'ETag': self.etag}
+        self.headers = {'Content-Type': MEDIA_TYPES.get(Path(name).suffix, 'application/octet-stream'),
+                        **SAFE_HEADERS, **headers, 'ETag': self.etag}
 
     @property
     def etag(self):
@@ -198,7 +218,8 @@ class Page:
 
 
 class Pages:
-    """What people see in a browser: the dashboard, the reference of the API, and what these load. None of it needs the internet."""
+    """What people see in a browser: the dashboard, the reference of the API, and what these load. None of it
+    needs the internet."""
 
     def __init__(self, folder, document):
         self._folder = folder
@@ -218,14 +239,22 @@ class Pages:
 
     def _reference(self):
         if self._scalar() is not None:
-            return Page('openapi.html', self._folder / 'openapi-scalar.html', **{'Content-Security-Policy': REFERENCE_POLICY})
-        rows = ''.join(f'<tr><td>{html.escape(method.upper())}</td><td>{html.escape(path)}</td><td>{html.escape(told["summary"])}</td></tr>\n'
-                       for path, operations in self._document['paths'].items() for method, told in operations.items())
-        return Page('openapi.html', text=(self._folder / 'openapi-plain.html').read_text().replace('<!-- routes -->', rows))
+            return Page('openapi.html', self._folder / 'openapi-scalar.html',
+                        **{'Content-Security-Policy': REFERENCE_POLICY})
+        paths = self._document['paths']
+        rows = [(method.upper(), path, shown['summary']) for path in paths
+                for method, shown in paths[path].items()]
+        cells = [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows]
+        text = ''.join(f'<tr>{row}</tr>\n' for row in cells)
+        return Page('openapi.html',
+                    text=(self._folder / 'openapi-plain.html').read_text().replace('<!-- routes -->', text))
 
     @staticmethod
     def _scalar():
-        """Return where Scalar's script is, or None; the package itself is not imported, since it would want Flask."""
+        """Return where Scalar's script is, or None; the package itself is not imported, since it would want
+        Flask."""
         spec = importlib.util.find_spec(SCALAR)
-        path = Path(spec.origin).parent / 'templates' / 'scalar' / 'js' / 'scalar.standalone.js' if spec and spec.origin else None
-        return path if path is not None and path.is_file() else None
+        if not spec or not spec.origin:
+            return None
+        path = Path(spec.origin).parent / 'templates' / 'scalar' / 'js' / 'scalar.standalone.js'
+        return path if path.is_file() else None

@@ -1,0 +1,46 @@
+"""Agents as adapters: each knows its command line, its environment, and how its lines are read."""
+from _agentbackend.translators import ClaudeLines, CommandLines
+
+
+class Claude:
+    """Claude Code in its one-way form: the task on stdin, JSON lines on stdout."""
+
+    name = 'claude'
+    program = 'claude'
+    lines = ClaudeLines
+    # Without the first two it never tells any steps.
+    env = {'CLAUDE_CODE_ENABLE_TODO_TOOLS': '1', 'CLAUDE_CODE_ENABLE_TASKS': '0',
+           'CLAUDE_CODE_MAX_RETRIES': '4',
+           'CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC': '1', 'DISABLE_AUTOUPDATER': '1'}
+
+    def command(self, session, body):
+        """Return the command line of a task: the first of a session, or one that goes on with it."""
+        options = [part for option, key in (('--max-turns', 'maxTurns'), ('--max-budget-usd', 'maxBudgetUsd'),
+                                            ('--model', 'model'))
+                   if key in body for part in (option, str(body[key]))]
+        return [self.program, '-p', '--output-format', 'stream-json', '--verbose',
+                '--dangerously-skip-permissions',
+                '--resume' if session.conversed else '--session-id', session.agent_session_id, *options]
+
+
+class Command:
+    """Any program: it reads the task from stdin, and prints events as JSON or plain text."""
+
+    name = 'command'
+    lines = CommandLines
+    env = {}
+
+    def __init__(self, words):
+        self._words = words
+        self.program = words[0]
+
+    def command(self, session, body):
+        """Return the command line, the same for every task."""
+        return list(self._words)
+
+
+def configured_agents(config):
+    """Return the agents that the settings allow, by their names."""
+    return {agent.name: agent for agent in (Claude(),
+                                            *([Command(config.agent_command)] if config.agent_command
+                                              else []))}

@@ -1,0 +1,139 @@
+"""docker-py as it is used here: errors in our words, and the few calls for which we go below its surface."""
+import contextlib
+import getpass
+import logging
+import re
+import tarfile
+
+import docker
+import gevent
+import requests.exceptions
+import urllib3.exceptions
+
+from _agentbackend.dockerlog import LogDamaged, read_frames
+from _agentbackend.errors import (
+    ConflictOnEngine,
+    DockerError,
+    EngineUnavailable,
+    MissingOnEngine,
+    PortTaken,
+    UnreadableLog,
+)
+
+log = logging.getLogger('agentbackend')
+
+CALL_TIMEOUT = 60  # seconds until the headers of an answer
+PING_TIMEOUT = 5  # seconds
+# The engine's words for a port that is taken, of old and new versions, by a container or by another program.
+PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
+CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
+GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
+
+
+class Client(docker.APIClient):
+    """docker-py's client, which takes certificates, proxies and passwords from our settings alone, never from
+    the environment."""
+
+    trust_env = property(lambda self: False, lambda self, value: None)
+
+
+class DockerClient:
+    """One client for everybody. It is made when it is first needed, since docker-py asks the engine for its
+    version."""
+
+    def __init__(self, *, host='', tls_verify='', cert_path=''):
+        settings = {'DOCKER_HOST': host, 'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}
+        self._settings = {key: value for key, value in settings.items() if value}
+        self.address = host or 'unix:///var/run/docker.sock'
+        self._api = None
+
+    @property
+    def api(self):
+        """The APIClient of docker-py."""
+        if self._api is None:
+            # The pool is a keep limit, not a cap; below it urllib3 warns about every stream that ends.
+            self._api = Client(version='auto', timeout=CALL_TIMEOUT, max_pool_size=100,
+                               **docker.utils.kwargs_from_env(environment=self._settings))
+        return self._api
+
+    def close(self):
+        """Close the connections that are kept."""
+        if self._api is not None:
+            self._api.close()
+            self._api = None
+
+    def ping(self):
+        """Raise EngineUnavailable unless the engine answers on a connection of its own."""
+        with self.errors(), gevent.Timeout(PING_TIMEOUT, self.silence(PING_TIMEOUT)):
+            self.api.ping()
+
+    def silence(self, seconds):
+        """Return the error of an engine that takes a connection and says nothing."""
+        return EngineUnavailable(f'Docker at {self.address} does not answer within {seconds} s.')
+
+    @contextlib.contextmanager
+    def errors(self):
+        """Turn the exceptions of docker-py and below into ours; the engine's own words stay."""
+        try:
+            yield
+        except docker.errors.APIError as error:
+            text = (error.explanation or str(error)).strip()
+            if PORT_CONFLICT.search(text):
+                port = CONFLICTING_PORT.search(text)
+                raise PortTaken(text, port=int(port[1]) if port else None) from error
+            kind = {404: MissingOnEngine, 409: ConflictOnEngine}.get(error.status_code, DockerError)
+            raise kind(text) from error
+        except LogDamaged as error:
+            raise UnreadableLog(f'The engine cannot read on in this log: {error}') from error
+        except (docker.errors.DockerException, *GONE_ERRORS) as error:
+            log.debug('The engine does not answer: %r', error)
+            raise EngineUnavailable(self._why_unavailable(error)) from error
+
+    def _why_unavailable(self, error):
+        while error.__context__ is not None:  # the outer ones only wrap the reason
+            error = error.__context__
+        if isinstance(error, PermissionError):
+            return (f'Docker is there, but user {getpass.getuser()} may not use {self.address}. '
+                    f'As root: usermod -aG docker {getpass.getuser()}, then log in again.')
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        return f'Docker does not answer at {self.address} ({reason}). Start Docker, or set DOCKER_HOST.'
+
+    # Below docker-py's surface (7.2): its own calls can't be closed early, take no nanoseconds, or read byte
+    # by byte.
+
+    @contextlib.contextmanager
+    def get(self, url, name, params, *, timeout=CALL_TIMEOUT):
+        """Give the raw answer of GET /containers/<name>/... for the length of a block, to be read at
+        leisure."""
+        answer = self.api._get(self.api._url(url, name), params=params,
+                               headers={'Accept-Encoding': 'identity'},
+                               stream=True, timeout=timeout)
+        with contextlib.closing(answer):
+            self.api._raise_for_status(answer)
+            yield answer.raw
+
+    def attach(self, exec_id, data=b''):
+        """Start a command that was created, give it data on stdin, and yield (stream, bytes) of what it
+        prints until it ends.
+
+        Its stdin is not closed: it has to know how much it will be given.
+        """
+        # docker-py's own exec_start() may lose what came in one packet with the answer's headers.
+        answer = self.api._post_json(self.api._url('/exec/{0}/start', exec_id),
+                                     data={'Tty': False, 'Detach': False},
+                                     headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True,
+                                     timeout=None)
+        with contextlib.closing(answer):
+            self.api._raise_for_status(answer)
+            sending = gevent.spawn(send, answer.raw._fp.fp.raw._sock, data) if data else None
+            try:
+                yield from read_frames(answer.raw._fp.fp)
+            finally:
+                if sending is not None:
+                    sending.kill()
+
+
+def send(sock, data):
+    """Send all of it, unless the other side goes away first."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)

@@ -1,0 +1,489 @@
+"""Containers, volumes and networks on a Docker engine.
+
+Knows nothing of HTTP; knows a workspace only by its id, a label on its containers and volumes.
+"""
+import contextlib
+import io
+import json
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+
+import docker
+import gevent
+import gevent.lock
+
+from _agentbackend.dockerlog import LogDamaged, LogLines
+from _agentbackend.errors import DockerError, EngineUnavailable
+from _agentbackend.timing import cooperatively, parse_time
+
+PREFIX = 'agentbackend'  # of our labels and images
+CODE_SERVER_PORT, SSH_PORT = 8443, 2222  # inside every workspace
+USER = 'dev'
+# What sshd, sudo and apt need of root; the rest is dropped. No new privileges besides for agent workspaces.
+CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SYS_CHROOT',
+                'AUDIT_WRITE')
+# Events of the engine that matter here.
+CHANGES = ('start', 'die', 'oom', 'destroy', 'pause', 'unpause', 'rename')
+INFO_TIMEOUT = 10  # seconds
+RUN_TIMEOUT = 60  # seconds that a short command may take
+REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
+MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
+LINES_AT_ONCE = 200  # of a log, when they are not waited for
+MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
+PIECE = 65536  # bytes
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an inspect says of a workspace's container."""
+
+    id: str
+    name: str
+    labels: dict
+    state: str  # created, running, paused, restarting, removing, exited, dead
+    started_at: str
+    exit_code: int
+    out_of_memory: bool
+    tty: bool
+    created_at: float
+    memory: int
+    cpus: float
+    volumes: tuple = ()  # names of those that are mounted
+
+    @property
+    def up(self):
+        """Whether it has processes."""
+        return self.state in ('running', 'paused', 'restarting')
+
+    @property
+    def going(self):
+        """Whether it is as good as gone: somebody removes it just now."""
+        return self.state in ('removing', 'dead')
+
+    @property
+    def started(self):
+        """Whether it was ever started."""
+        return not (self.started_at or '0001').startswith('0001')
+
+
+class Engine:
+    """One Docker engine. Every method may raise DockerError, and EngineUnavailable when nothing answers.
+
+    `recorded(workspace_id)` gives the id of the container that was made for a workspace, as far as it is
+    known.
+    """
+
+    def __init__(self, client, *, instance='default', recorded=lambda workspace_id: None):
+        self._client = client
+        self._errors = client.errors
+        self._recorded = recorded
+        self.instance = instance
+        self._starts = gevent.lock.BoundedSemaphore(8)  # more at once only queue up inside the engine
+
+    @property
+    def _api(self):
+        return self._client.api
+
+    def info(self):
+        """Return {cpus, memory, time} of the engine; `time` is its own clock in seconds since the epoch."""
+        with self._errors(), gevent.Timeout(INFO_TIMEOUT, self._client.silence(INFO_TIMEOUT)):
+            info = self._api.info()
+        return {'cpus': info.get('NCPU') or 1, 'memory': info.get('MemTotal') or 0,
+                'time': parse_time(info.get('SystemTime'))}
+
+    def ping(self):
+        """Raise EngineUnavailable unless the engine answers."""
+        self._client.ping()
+
+    def is_leaving(self):
+        """Return whether the engine takes no new connections: one that shuts down still answers on the old
+        ones."""
+        try:
+            self._client.close()  # those that are kept
+            self.ping()
+        except EngineUnavailable:
+            return True
+        return False
+
+    # What there is
+
+    def taken(self):
+        """Return (names, host ports) of every container on the engine, ours or not, running or not."""
+        with self._errors():
+            found = self._api.containers(all=True)
+        names = {name.lstrip('/') for item in found for name in item.get('Names') or ()}
+        ports = {port['PublicPort'] for item in found for port in item.get('Ports') or ()
+                 if 'PublicPort' in port}
+        for item in found:
+            # A stopped container publishes nothing, but its ports are wanted back when it starts.
+            with contextlib.suppress(ValueError, AttributeError):
+                ports.update(json.loads((item.get('Labels') or {}).get(f'{PREFIX}.ports', '{}')).values())
+        return names, ports
+
+    def volume_of(self, workspace_id):
+        """Return the name of a workspace's volume."""
+        return f'{self.instance}-{workspace_id}'
+
+    def volumes(self):
+        """Return {workspace id: labels} of this instance's volumes."""
+        labels = {item['Name']: item['Labels']
+                  for item in self._volumes(f'{PREFIX}.instance={self.instance}')}
+        return {item[f'{PREFIX}.id']: item for name, item in labels.items()
+                if name == self.volume_of(item.get(f'{PREFIX}.id'))}
+
+    def has_volume(self, workspace_id):
+        """Return whether a workspace's volume is there, by asking for it and not by a list that may lack
+        something."""
+        with self._errors():
+            try:
+                found = self._api.inspect_volume(self.volume_of(workspace_id))
+            except docker.errors.NotFound:
+                return False
+        return (found['Labels'] or {}).get(f'{PREFIX}.id') == workspace_id
+
+    def containers(self):
+        """Return {workspace id: Container} of this instance."""
+        return {item.labels[f'{PREFIX}.id']: item for item in reversed(self._ours())}
+
+    def find(self, workspace_id):
+        """Return the Container of a workspace, or None."""
+        return next(iter(self._ours(f'{PREFIX}.id={workspace_id}')), None)
+
+    def inspect(self, container_id):
+        """Return the Container with this id, or None."""
+        with self._errors():
+            try:
+                found = self._api.inspect_container(container_id)
+            except docker.errors.NotFound:
+                return None
+        state, limits, config = found['State'], found['HostConfig'], found['Config']
+        return Container(
+            id=found['Id'], name=found['Name'].lstrip('/'), labels=config['Labels'] or {},
+            state=state['Status'],
+            started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
+            out_of_memory=bool(state.get('OOMKilled')), tty=bool(config.get('Tty')),
+            created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
+            cpus=(limits.get('NanoCpus') or 0) / 1e9,
+            volumes=tuple(mount['Name'] for mount in found.get('Mounts') or ()
+                          if mount.get('Type') == 'volume'))
+
+    def own_env(self, container):
+        """Return the environment that a container was given, beside that of its image."""
+        with self._errors():
+            found, inherited = self._api.inspect_container(container.id), set()
+            # It can be removed while a stopped container needs it.
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                inherited.update(self._api.inspect_image(found['Image'])['Config'].get('Env') or ())
+        return dict(item.partition('=')[::2] for item in found['Config'].get('Env') or ()
+                    if item not in inherited)
+
+    def changes(self, since):
+        """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's
+        clock)."""
+        filters = {'type': 'container', 'label': f'{PREFIX}.instance={self.instance}'}
+        with self._errors(), contextlib.closing(self._api.events(since=int(since), decode=True,
+                                                                 filters=filters)) as stream:
+            for item in stream:
+                if item.get('Action', '').split(':')[0] in CHANGES:
+                    yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
+
+    def _volumes(self, label):
+        with self._errors():
+            found = self._api.volumes(filters={'label': label})['Volumes'] or ()
+        return [item for item in found if item['Labels']]
+
+    def _ours(self, *labels):
+        """Return the containers of workspaces, oldest first.
+
+        Labels prove nothing, since an image that was made of a workspace bears them too, and with it each
+        container of that image: ours mount the workspace's volume, and have an id that was recorded or the
+        instance in their name.
+        """
+        with self._errors():
+            found = self._api.containers(all=True,
+                                         filters={'label': [*labels, f'{PREFIX}.instance={self.instance}']})
+        # A list tells neither exit code nor out-of-memory.
+        inspected = [self.inspect(item['Id']) for item in found]
+        return sorted((item for item in inspected if item and self._is_ours(item)),
+                      key=lambda item: item.created_at)
+
+    def _is_ours(self, container):
+        workspace_id = container.labels.get(f'{PREFIX}.id')
+        if self.volume_of(workspace_id) not in container.volumes:
+            return False
+        return container.name.startswith(f'{self.instance}-') or container.id == self._recorded(workspace_id)
+
+    # Making and removing
+
+    def create_network(self, *, isolated):
+        """Make the network of this instance unless it is there, and return its name.
+
+        On an isolated one containers don't reach each other.
+        """
+        name = f'{PREFIX}-{self.instance}'
+        with self._errors():
+            if not [item for item in self._api.networks(names=[name]) if item['Name'] == name]:
+                options = {'com.docker.network.bridge.enable_icc': 'false'} if isolated else {}
+                self._api.create_network(name, driver='bridge', options=options, check_duplicate=True,
+                                         labels={f'{PREFIX}.instance': self.instance})
+        return name
+
+    def remove_network(self):
+        """Remove the network of this instance; one that is gone, or in use, is left alone."""
+        with self._errors():
+            try:
+                self._api.remove_network(f'{PREFIX}-{self.instance}')
+            except docker.errors.APIError as error:
+                if error.status_code not in (403, 404, 409):
+                    raise
+
+    def create_volume(self, name, labels):
+        """Make a volume; one of that name may exist already."""
+        with self._errors():
+            self._api.create_volume(name, labels=labels)
+
+    def create_container(self, *, name, image, env, labels, volume, mount, network, ports, bind_address,
+                         memory, cpus, pids,
+                         new_privileges):
+        """Create a container and return its id. `ports` is {container port: host port}.
+
+        It restarts by itself only after `keep_running`.
+        """
+        with self._errors(), self._starts:
+            host_config = self._api.create_host_config(
+                mounts=[docker.types.Mount(target=mount, source=volume, type='volume')],
+                port_bindings={f'{inside}/tcp': (bind_address, outside) for inside, outside in ports.items()},
+                network_mode=network, init=True, mem_limit=memory, nano_cpus=int(cpus * 1e9), pids_limit=pids,
+                cap_drop=['ALL'], cap_add=list(CAPABILITIES),
+                security_opt=[] if new_privileges else ['no-new-privileges'],
+                log_config=docker.types.LogConfig(type='json-file',
+                                                  config={'max-size': '16m', 'max-file': '3'}))
+            return self._api.create_container(image, name=name, hostname=name[:63], environment=env,
+                                              labels=labels,
+                                              ports=[(inside, 'tcp') for inside in ports],
+                                              host_config=host_config)['Id']
+
+    def start(self, container_id, network):
+        """Start a container, on a network that is there; one that runs is left alone.
+
+        Raises PortTaken when a port of it is in use.
+        """
+        with self._errors(), self._starts:
+            try:
+                self._api.start(container_id)
+            except docker.errors.NotFound as error:
+                # While it was stopped, somebody tidied its network away; one of that name is another one.
+                if 'network' not in (error.explanation or ''):
+                    raise
+                self._api.disconnect_container_from_network(container_id, network, force=True)
+                self._api.connect_container_to_network(container_id, network)
+                self._api.start(container_id)
+
+    def keep_running(self, container_id):
+        """Let the engine start a container again after a crash or a reboot, unless it was stopped on
+        purpose."""
+        with self._errors():
+            self._api.update_container(container_id, restart_policy={'Name': 'unless-stopped'})
+
+    def stop(self, container_id, timeout):
+        """Stop a container; one that is stopped or gone is left alone."""
+        with self._errors(), contextlib.suppress(docker.errors.NotFound):
+            self._api.stop(container_id, timeout=timeout)
+
+    def rename(self, container_id, name):
+        """Rename a container, which may have the name already; raise ConflictOnEngine when another has it."""
+        container = self.inspect(container_id)
+        if container is not None and container.name != name:
+            with self._errors():
+                self._api.rename(container_id, name)
+
+    def remove_container(self, container_id):
+        """Remove a container, running or not; one that is gone is fine."""
+        with self._errors():
+            self._until_gone(self._api.remove_container, self._api.inspect_container, container_id,
+                             force=True, v=True)
+
+    def remove(self, workspace_id):
+        """Remove every container and the volume of a workspace, running or not; what is gone already is
+        fine."""
+        for container in self._ours(f'{PREFIX}.id={workspace_id}'):
+            self.remove_container(container.id)
+        if self.has_volume(workspace_id):
+            with self._errors():
+                self._until_gone(self._api.remove_volume, self._api.inspect_volume,
+                                 self.volume_of(workspace_id), force=True)
+
+    @staticmethod
+    def _until_gone(remove, inspect, name, **options):
+        """Remove and wait for it: the engine answers 409 while another call removes the same, or lets go of a
+        volume."""
+        deadline = time.monotonic() + REMOVE_TIMEOUT
+        while True:
+            try:
+                remove(name, **options)
+                inspect(name)
+            except docker.errors.NotFound:
+                return
+            except docker.errors.APIError as error:
+                if error.status_code != 409 or time.monotonic() > deadline:
+                    raise
+            gevent.sleep(0.1)
+
+    # Claims to the instance
+
+    def claims(self):
+        """Return the owners who claim this instance."""
+        found = self._volumes(f'{PREFIX}.claim={self.instance}')
+        return {item['Labels'][f'{PREFIX}.owner'] for item in found if f'{PREFIX}.owner' in item['Labels']}
+
+    def stake_claim(self, owner):
+        """Write down on the engine that an owner claims this instance."""
+        self.create_volume(self._claim_of(owner), {f'{PREFIX}.claim': self.instance,
+                                                   f'{PREFIX}.owner': owner})
+
+    def withdraw_claim(self, owner):
+        """Take the claim of an owner away; one that is gone is fine."""
+        with self._errors(), contextlib.suppress(docker.errors.NotFound):
+            self._api.remove_volume(self._claim_of(owner))
+
+    def _claim_of(self, owner):
+        return f'{PREFIX}-{self.instance}-claim-{owner}'
+
+    # Inside a container
+
+    def put_files(self, container_id, files):
+        """Write {absolute path: (bytes, mode)} as root into a container, started or not."""
+        with self._errors():
+            self._api.put_archive(container_id, '/', make_tar(files))
+
+    def read_file(self, container_id, path, *, limit=None):
+        """Yield the bytes of a file in a container, started or not, at most `limit`; nothing when there is
+        none."""
+        with tempfile.SpooledTemporaryFile(MAX_IN_MEMORY) as copied:
+            # The engine locks the container as long as it is read from, even against an inspect, so nobody
+            # may read slowly.
+            for data in cooperatively(self._pieces(container_id, path)):
+                copied.write(data)
+                if limit is not None and copied.tell() >= limit:
+                    copied.truncate(limit)
+                    break
+            copied.seek(0)
+            yield from iter(lambda: copied.read(PIECE), b'')
+
+    def get_file(self, container_id, path):
+        """Return the first 64 KB of a file in a container, started or not; nothing when there is none."""
+        return b''.join(self.read_file(container_id, path, limit=MAX_PRINTED))
+
+    def log_lines(self, container, *, since=0, tail=None, follow=False):
+        """Yield lists of lines, (stream, stamp in nanoseconds, text), of a container's output.
+
+        From `since` (nanoseconds, inclusive) on, or the last `tail` lines; with `follow` until the container
+        ends.
+        """
+        params = {'stdout': 1, 'stderr': 1, 'timestamps': 1, 'follow': int(follow),
+                  'tail': 'all' if tail is None else tail}
+        if since:
+            params['since'] = f'{since // 1_000_000_000}.{since % 1_000_000_000:09d}'
+        lines, batch, enough = LogLines(container.tty), [], 1 if follow else LINES_AT_ONCE
+        with self._errors(), self._client.get('/containers/{0}/logs', container.id, params,
+                                              timeout=None) as answer:
+            for data in cooperatively(answer.stream(PIECE)):
+                try:
+                    batch += lines.feed(data)  # the engine sends line by line
+                except LogDamaged:
+                    yield batch
+                    raise
+                if len(batch) >= enough:
+                    yield batch
+                    batch = []
+        now = self.inspect(container.id) if follow else None
+        # While it runs, only the stream was cut off, maybe within a line.
+        batch += [] if now and now.up else lines.end()
+        if batch:
+            yield batch
+
+    def run(self, container_id, command, *, user='', stdin=b'', timeout=None):
+        """Run a short command in a container; return (exit code, the first 64 KB that it printed on stdout).
+
+        What it is given on stdin shows nowhere, its arguments do. Its stdin stays open behind that.
+        """
+        timeout = timeout or RUN_TIMEOUT
+        late, printed = DockerError(f'The command {command[0]} in the container did not end within {timeout} '
+                                    's.'), bytearray()
+        with self._errors(), gevent.Timeout(timeout, late):
+            running = self._api.exec_create(container_id, command, stdin=bool(stdin), stderr=False, user=user)
+            for _, data in self._client.attach(running['Id'], stdin):
+                printed += data[:MAX_PRINTED - len(printed)]
+            return self._api.exec_inspect(running['Id'])['ExitCode'], bytes(printed)
+
+    def run_detached(self, container_id, command, *, user, env, workdir):
+        """Start a command in a container that needs nobody from then on."""
+        with self._errors():
+            running = self._api.exec_create(container_id, command, stdout=False, stderr=False, user=user,
+                                            environment=env,
+                                            workdir=workdir)
+            self._api.exec_start(running['Id'], detach=True)
+
+    def follow(self, container_id, command, *, user, env=None):
+        """Run a command in a container and yield (stream, bytes) of what it prints.
+
+        Its stdin ends when the reader goes, or is killed.
+        """
+        with self._errors():
+            running = self._api.exec_create(container_id, command, stdin=True, user=user, environment=env)
+            yield from self._client.attach(running['Id'])
+
+    def usage(self, container_id):
+        """Yield {cpu_percent, memory, memory_limit} once a second until the container ends; CPU in percent
+        of one core."""
+        with self._errors():
+            for sample in self._api.stats(container_id, decode=True, stream=True):
+                usage = measure(sample)
+                if usage:
+                    yield usage
+
+    def _pieces(self, container_id, path):
+        with self._errors(), contextlib.suppress(docker.errors.NotFound), \
+                self._client.get('/containers/{0}/archive', container_id, {'path': path}) as answer, \
+                tarfile.open(fileobj=answer, mode='r|') as archive:
+            member = archive.next()
+            if member is not None and member.isfile():
+                content = archive.extractfile(member)
+                yield from iter(lambda: content.read(PIECE), b'')
+
+
+def measure(sample):
+    """Return a stats record of the engine as {cpu_percent, memory, memory_limit}; None when it has no
+    memory.
+
+    The first of a stream has no past, and so no CPU yet.
+
+    Memory is counted as `docker stats` does, without the page cache that the kernel can take back at once.
+    """
+    cpu, before = sample.get('cpu_stats') or {}, sample.get('precpu_stats') or {}
+    memory = sample.get('memory_stats') or {}
+    if 'usage' not in memory:
+        return None
+    percent = 0.0
+    passed = cpu.get('system_cpu_usage', 0) - before.get('system_cpu_usage', cpu.get('system_cpu_usage', 0))
+    if passed > 0:
+        used = cpu['cpu_usage']['total_usage'] - before['cpu_usage']['total_usage']
+        cores = cpu.get('online_cpus') or len(cpu['cpu_usage'].get('percpu_usage') or ()) or 1
+        percent = round(max(0.0, used / passed * cores * 100), 2)
+    details = memory.get('stats') or {}
+    cache = details.get('inactive_file', details.get('total_inactive_file', 0))
+    return {'cpu_percent': percent, 'memory': max(0, memory['usage'] - cache),
+            'memory_limit': memory.get('limit', 0)}
+
+
+def make_tar(files):
+    """Return {absolute path: (bytes, mode)} as the bytes of a tar."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode='w') as archive:
+        for path, (content, mode) in sorted(files.items()):
+            entry = tarfile.TarInfo(path.lstrip('/'))
+            entry.size, entry.mode = len(content), mode
+            archive.addfile(entry, io.BytesIO(content))
+    return target.getvalue()

@@ -1,0 +1,116 @@
+"""What can go wrong, each with its HTTP status and code."""
+import logging
+import secrets
+
+log = logging.getLogger('agentbackend')
+
+
+class BackendError(Exception):
+    """A failure that a client is told: its text, its HTTP status and its code."""
+
+    status = 500
+    code = 'INTERNAL_ERROR'
+
+    def __init__(self, text, *, details=None, headers=()):
+        super().__init__(text)
+        self.details = details
+        self.headers = dict(headers)
+
+
+class ConfigError(Exception):
+    """A setting that makes no sense; the text begins with its name."""
+
+
+class ValidationError(BackendError): status, code = 400, 'VALIDATION_ERROR'
+
+
+class UriTooLong(ValidationError): status = 414
+class UnsupportedMediaType(ValidationError): status = 415
+
+
+class Unauthorized(BackendError): status, code = 401, 'UNAUTHORIZED'
+
+
+class Forbidden(BackendError): status, code = 403, 'FORBIDDEN'
+
+
+class NotFound(BackendError): status, code = 404, 'NOT_FOUND'
+
+
+class MethodNotAllowed(BackendError): status, code = 405, 'METHOD_NOT_ALLOWED'
+
+
+class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
+
+
+class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
+
+
+class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
+
+
+class SessionNotFound(BackendError): status, code = 404, 'SESSION_NOT_FOUND'
+
+
+class SessionBusy(BackendError): status, code = 409, 'SESSION_BUSY'
+
+
+class WorkspaceAlreadyExists(BackendError): status, code = 409, 'WORKSPACE_ALREADY_EXISTS'
+
+
+class WorkspaceNotRunning(BackendError): status, code = 409, 'WORKSPACE_NOT_RUNNING'
+
+
+class TooMany(BackendError): status, code = 429, 'TOO_MANY'
+
+
+class UpgradeRequired(BackendError): status, code = 426, 'VALIDATION_ERROR'
+
+
+class StateNotWritten(BackendError): status, code = 503, 'STATE_NOT_WRITTEN'
+class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
+
+
+class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
+
+
+class EngineUnavailable(DockerError): status = 503
+
+
+class InstanceTaken(DockerError): status = 503
+class MissingOnEngine(DockerError): pass
+
+
+class ConflictOnEngine(DockerError): pass
+
+
+class UnreadableTemplate(DockerError): pass
+class MissingBaseImage(DockerError): pass
+
+
+class UnreadableLog(DockerError): pass
+
+
+class PortTaken(DockerError):
+    """The engine could not bind a published port; `port` is its number, or None if it did not say."""
+
+    def __init__(self, text, *, port=None):
+        super().__init__(text)
+        self.port = port
+
+
+class Superseded(Exception):
+    """A job found that its workspace has meanwhile been given another fate."""
+
+
+def internal_error(error):
+    """Log a traceback under a number, and return the error that tells a client that number and nothing
+    else."""
+    number = secrets.token_hex(4)
+    log.error('Internal error %s', number, exc_info=error)
+    return BackendError(f'Internal error {number}; the log of the server has the traceback.')
+
+
+def refusal(path, text):
+    """Return the error that says what is wrong with a field of a body."""
+    return ValidationError(f'{path}: {text}', details=[{'path': path, 'message': text}])

@@ -1,0 +1,308 @@
+"""Templates: folders with a Dockerfile, and the images built from them."""
+import collections
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import docker
+import gevent
+import gevent.event
+
+from _agentbackend.engine import PREFIX
+from _agentbackend.errors import (
+    BackendError,
+    DockerError,
+    EngineUnavailable,
+    MissingBaseImage,
+    Superseded,
+    UnreadableTemplate,
+    ValidationError,
+)
+from _agentbackend.timing import with_deadline
+
+log = logging.getLogger('agentbackend')
+
+BASE = 'base'
+# What the engine takes in the name of an image.
+TEMPLATE_NAME = re.compile(r'[A-Za-z0-9]+((\.|__?|-+)[A-Za-z0-9]+)*')
+VERSION = re.compile(r'^ARG (\w+)_VERSION=(\S+)', re.MULTILINE)
+INSTALLED = re.compile(r'apt-get (?:\$option )?install ([^;&|]*)')
+OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'  # of templates/make-debian-image
+PULL_TIMEOUT = 30  # seconds without a word from the registry: a machine without one may swallow packets
+BASE_PAUSE = 2  # seconds between looks for a base image that somebody makes
+LAST_LINES = 12  # of a build that failed
+
+
+class Build:
+    """An image that is being made, and who listens to its output."""
+
+    def __init__(self):
+        self.greenlet = None
+        self.listeners = []
+        self.started_at = time.time()
+
+    def say(self, line):
+        """Hand a line of output to all who listen."""
+        for listener in list(self.listeners):
+            listener(line)
+
+
+class Templates:
+    """An image's tag holds a hash of what it is made of, so an edit rebuilds and nothing else does."""
+
+    def __init__(self, client, folders, *, base_image, base_image_timeout, ca_certs, timeout):
+        self._client = client
+        self._folders = [Path(folder) for folder in folders]  # later ones win
+        self._base_image = base_image
+        self._base_image_timeout = base_image_timeout
+        self._ca_certs = ca_certs
+        self._timeout = timeout
+        self._builds = {}
+        self._errors = {}
+        self._digests = {}  # name -> (what was seen of its files, a digest of their content)
+        self._ready = {}  # name -> the tag that was last seen on the engine
+
+    def names(self):
+        """Return the names that a workspace can ask for."""
+        found = {path.parent.name for folder in self._folders for path in folder.glob('*/Dockerfile')}
+        return sorted(name for name in found - {BASE} if TEMPLATE_NAME.fullmatch(name))
+
+    def describe(self, name):
+        """Return the first sentence of the comment at the head of a template's Dockerfile."""
+        first = (self._folder(name) / 'Dockerfile').read_text(errors='replace').partition('\n')[0]
+        return first.lstrip('# ').partition('. ')[0].rstrip('.') + '.' if first.startswith('#') else ''
+
+    def holds(self, name):
+        """Return what a template's image holds, as its Dockerfile says: ['node 24.21.0', 'git', ...]."""
+        text = (self._folder(name) / 'Dockerfile').read_text(errors='replace').replace('\\\n', ' ')
+        versions = [f"{key.lower().replace('_', '-')} {value}" for key, value in VERSION.findall(text)]
+        last_stage = re.split(r'^FROM ', text, flags=re.MULTILINE)[-1]
+        packages = [word for words in INSTALLED.findall(last_stage) for word in words.split()
+                    if not word.startswith('-')]
+        below = self.holds(BASE) if name != BASE and self._stands_on_base(name) else []
+        return list(dict.fromkeys([*versions, *packages, *below]))
+
+    def state(self, name):
+        """Return {image, state, error, building_since}: state is ready, building, failed or missing, as last
+        seen."""
+        try:
+            tag = self.tag(name)
+        except UnreadableTemplate as error:
+            return {'image': f'{PREFIX}/{name.lower()}', 'state': 'failed', 'error': str(error),
+                    'building_since': None}
+        build, error = self._builds.get(name), self._errors.get(name)
+        there = 'ready' if self._ready.get(name) == tag else 'missing'
+        state = 'building' if build else 'failed' if error else there
+        return {'image': tag, 'state': state, 'error': error,
+                'building_since': build.started_at if build else None}
+
+    def tag(self, name):
+        """Return the name of the image that a template's folder, as it is now, makes."""
+        below = self.tag(BASE) if name != BASE and self._stands_on_base(name) else self._base_image
+        try:
+            files = self._context(name)
+            seen = [(key, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
+                    for key, (path, _) in files.items() for stat in [path.stat()]]
+            if self._digests.get(name, ((), ''))[0] != seen:
+                # Files may be large: in a thread, other greenlets go on meanwhile.
+                self._digests[name] = seen, gevent.get_hub().threadpool.apply(digest, (files,))
+        except OSError as error:
+            raise UnreadableTemplate(f'The file {error.filename} of template {name} is not readable: '
+                                     f'{error.strerror}.') from error
+        made_of = f'{self._digests[name][1]} {below}'
+        return f'{PREFIX}/{name.lower()}:{hashlib.sha256(made_of.encode()).hexdigest()[:12]}'
+
+    def look(self):
+        """See which images the engine has."""
+        for name in [BASE, *self.names()]:
+            with contextlib.suppress(UnreadableTemplate):  # its state says so
+                tag = self.tag(name)
+                if self._has_image(tag):
+                    self._ready[name] = tag
+                else:
+                    self._ready.pop(name, None)
+
+    def image(self, name, on_line, cancelled):
+        """Return the tag of a template's image, built if need be. Everybody who asks meanwhile shares one
+        build.
+
+        `on_line` gets its output; when the event `cancelled` is set, the caller leaves with Superseded and
+        the build goes on.
+        """
+        build = self._builds.get(name)
+        if build is None:
+            tag = self.tag(name)
+            if self._has_image(tag):
+                self._ready[name] = tag
+                self._errors.pop(name, None)
+                return tag
+            build = self._builds.get(name) or self._start(name, tag)
+        build.listeners.append(on_line)
+        try:
+            gevent.wait([build.greenlet, cancelled], count=1)
+        finally:
+            build.listeners.remove(on_line)
+        if not build.greenlet.ready():
+            raise Superseded(name)
+        return build.greenlet.get()
+
+    def stop(self):
+        """End the builds that go on."""
+        gevent.killall([build.greenlet for build in self._builds.values()], block=True, timeout=5)
+
+    # Building
+
+    def _start(self, name, tag):
+        build = self._builds[name] = Build()
+        build.greenlet = gevent.Greenlet(self._make, name, tag, build)
+        build.greenlet.start()
+        return build
+
+    def _make(self, name, tag, build):
+        try:
+            build.say(f'Building image {tag} of template {name}.')
+            log.info('Building image %s of template %s; this can take some minutes.', tag, name)
+            late = DockerError(f'The build of image {tag} took more than BUILD_TIMEOUT={self._timeout} s.')
+            with gevent.Timeout(self._timeout, late):
+                self._build(name, tag, self._below(name, build.say),
+                            lambda line: self._said(build, name, line))
+            self._errors.pop(name, None)
+            self._ready[name] = tag
+            log.info('Image %s is ready after %.0f s.', tag, time.time() - build.started_at)
+            return tag
+        except BackendError as error:
+            self._errors[name] = str(error)
+            log.error('No image for template %s: %s', name, error)
+            raise
+        finally:
+            del self._builds[name]
+
+    def _below(self, name, on_line):
+        """Return the image that a template stands on, '' for one that needs none of ours."""
+        if name == BASE:
+            return self._debian(on_line)
+        return self.image(BASE, on_line, gevent.event.Event()) if self._stands_on_base(name) else ''
+
+    def _build(self, name, tag, below, on_line):
+        """Build an image; each line of output goes to `on_line`. Raises DockerError with the last ones."""
+        last = collections.deque(maxlen=LAST_LINES)
+        with self._client.errors(), tempfile.TemporaryFile(prefix='agentbackend-context-') as context:
+            gevent.get_hub().threadpool.apply(pack, (self._context(name), context))
+            output = self._client.api.build(
+                fileobj=context, custom_context=True, tag=tag,
+                buildargs={'BASE_IMAGE': below} if below else {},
+                labels={f'{PREFIX}.template': name}, rm=True, forcerm=True, decode=True)
+            for item in output:
+                for line in (item.get('stream') or item.get('error') or '').splitlines():
+                    if line.strip():
+                        last.append(line)
+                        on_line(line)
+                if 'error' in item:
+                    raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last))
+            self._client.api.inspect_image(tag)
+
+    @staticmethod
+    def _said(build, name, line):
+        log.log(logging.INFO if line.startswith('Step ') else logging.DEBUG, 'build %s: %s', name, line)
+        build.say(line)
+
+    def _debian(self, on_line):
+        """Return the name of a Debian image that the engine has, pulled if need be. Raises
+        MissingBaseImage."""
+        if self._debian_there():
+            return self._debian_there()
+        try:
+            on_line(f'Pulling {self._base_image}.')
+            self._pull(self._base_image, on_line)
+            return self._base_image
+        except EngineUnavailable:
+            raise
+        except DockerError as error:
+            reason = str(error)
+        deadline = time.monotonic() + self._base_image_timeout
+        on_line(f'{self._base_image} could not be pulled ({reason}).')
+        while time.monotonic() < deadline:
+            on_line('Waiting for a Debian image, which is being made.')
+            gevent.sleep(BASE_PAUSE)
+            if self._debian_there():
+                return self._debian_there()
+        raise MissingBaseImage(
+            f'No base image: {self._base_image} is not on the engine and could not be pulled ({reason}). Do '
+            'one of: '
+            f'docker pull {self._base_image}; as root, templates/make-debian-image, which makes one from a '
+            'Debian mirror; '
+            'BASE_IMAGE=<a Debian image that the engine has>.')
+
+    def _debian_there(self):
+        return next((image for image in (self._base_image, OWN_BASE_IMAGE) if self._has_image(image)), None)
+
+    def _pull(self, image, on_line):
+        """Pull an image; give up when the registry says nothing for half a minute."""
+        repository, tag = docker.utils.parse_repository_tag(image)
+        silent = DockerError('the registry says nothing')
+        with self._client.errors():
+            with gevent.Timeout(PULL_TIMEOUT, silent):
+                progress = self._client.api.pull(repository, tag=tag or 'latest', stream=True, decode=True)
+            for item in with_deadline(progress, PULL_TIMEOUT, silent):
+                if 'error' in item:
+                    raise DockerError(item['error'])
+                if 'progress' not in item:
+                    on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
+
+    def _has_image(self, tag):
+        with self._client.errors():
+            try:
+                self._client.api.inspect_image(tag)
+            except docker.errors.ImageNotFound:
+                return False
+        return True
+
+    # Folders
+
+    def _folder(self, name):
+        for folder in reversed(self._folders):
+            if TEMPLATE_NAME.fullmatch(name) and (folder / name / 'Dockerfile').is_file():
+                return folder / name
+        raise ValidationError(f"template: there is no template {name!r}; known are {', '.join(self.names())}",
+                              details=[{'path': 'template', 'message': f'unknown template {name!r}'}])
+
+    def _context(self, name):
+        """Return what an image is built from, {relative path: (path, mode)}; all that the folder holds
+        arrives executable."""
+        folder = self._folder(name)
+        files = {str(path.relative_to(folder)): (path, 0o755) for path in sorted(folder.rglob('*'))
+                 if path.is_file() and not {'.git', '__pycache__'} & set(path.relative_to(folder).parts)}
+        if name == BASE:
+            files['extra-ca-certs.crt'] = (Path(self._ca_certs or os.devnull), 0o644)
+        return files
+
+    def _stands_on_base(self, name):
+        return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text(errors='replace')
+
+
+def digest(files):
+    """Return a digest of the names and contents of files, {name: (path, mode)}, read piece by piece."""
+    content = hashlib.sha256()
+    for name, (path, _) in sorted(files.items()):
+        content.update(f'{name}\0{path.stat().st_size}\0'.encode())
+        with open(path, 'rb') as file:
+            while piece := file.read(2**18):
+                content.update(piece)
+    return content.hexdigest()
+
+
+def pack(files, target):
+    """Write files, {name: (path, mode)}, as a tar into a file object: the same bytes for the same files."""
+    with tarfile.open(fileobj=target, mode='w') as archive:
+        for name, (path, mode) in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
+            with open(path, 'rb') as file:
+                entry.size, entry.mode = os.fstat(file.fileno()).st_size, mode
+                archive.addfile(entry, file)
+    target.seek(0)

@@ -1,0 +1,293 @@
+"""What keeps the records in step with the engine and the clock: follow, adopt, compare and sweep."""
+import contextlib
+import json
+import logging
+import secrets
+import time
+
+import gevent
+import gevent.event
+import gevent.pool
+
+from _agentbackend.engine import PREFIX
+from _agentbackend.errors import (
+    BackendError,
+    DockerError,
+    EngineUnavailable,
+    InstanceTaken,
+    StateNotWritten,
+    Superseded,
+    WorkspaceNotFound,
+)
+from _agentbackend.recipe import SETTINGS_FOLDER
+from _agentbackend.records import AGENT, ERROR, RUNNING, SETTLED, STOPPED, TEMPORARY, Workspace
+
+log = logging.getLogger('agentbackend')
+
+CLAIM_TIMEOUT = 12  # seconds; a server that is there has half of that to answer
+# Seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that.
+GRACE = 2
+SWEEP_PAUSE = 1  # seconds
+CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
+EXIT_TERM = 143  # of a container that was told to end, by `docker stop` say
+REMOVED = ('The container was removed outside Agent Backend, by a clean-up perhaps. The files are there: '
+           'start makes a new container.')
+LOST = ('The container and its volume were removed outside Agent Backend and the files are lost. '
+        'Delete the workspace.')
+
+
+class Keeper:
+    """Owns the loops. What is to be done with a workspace, it asks of Workspaces."""
+
+    def __init__(self, config, state, engine, templates, logs, workspaces, probes, claim):
+        self._config = config
+        self._state = state
+        self._engine = engine
+        self._templates = templates
+        self._logs = logs
+        self._workspaces = workspaces
+        self._probes = probes
+        self._claim = claim
+        self.connected = False
+        self.problems = {}  # what is wrong -> in words, for /health
+        self.on_connected = []  # called when the engine answers, after `reconcile`
+        self.on_changed = []  # called with the id of a workspace whose container has changed
+        self._first_try = True
+        self._loops = []
+        self._checks = gevent.pool.Group()
+        self._to_check = set()
+
+    def open(self):
+        """Begin to follow the engine and to sweep; raise InstanceTaken when another server is at work on this
+        instance."""
+        try:
+            with gevent.Timeout(CLAIM_TIMEOUT, EngineUnavailable('The Docker engine does not answer.')):
+                self._claim.take()
+        except InstanceTaken:
+            raise
+        except DockerError as error:
+            log.debug('The instance is claimed when the engine answers: %s', error)
+        self._loops = [gevent.spawn(self._follow_engine), gevent.spawn(self._sweep_for_ever)]
+
+    def close(self):
+        """End the loops and what they have begun; the next `open` goes on from there."""
+        gevent.killall([*self._loops, *self._checks], timeout=10)
+        with contextlib.suppress(DockerError):
+            self._claim.release()
+
+    # The engine
+
+    def _follow_engine(self):
+        while True:
+            try:
+                self._follow_once()
+            except (EngineUnavailable, InstanceTaken) as error:
+                log.log(logging.WARNING if self.connected or self._first_try else logging.DEBUG, '%s', error)
+                self.problems[''] = str(error)
+            except Exception:
+                log.exception('Following the engine failed; trying again.')
+            self.connected = self._first_try = False
+            gevent.sleep(1)
+
+    def _follow_once(self):
+        info = self._engine.info()
+        self._claim.take()
+        log.info('The Docker engine answers: %d cores, %.1f GB.', info['cpus'], info['memory'] / 1e9)
+        self._templates.look()
+        self.reconcile()
+        self.connected = True
+        self.problems.pop('', None)
+        for listener in self.on_connected:
+            self._checks.start(gevent.Greenlet(listener))
+        for name in self._config.prebuild:
+            self._checks.start(gevent.Greenlet(self._prebuild, name))
+        # From the time before the list on, so that nothing in between is missed; what comes twice does no
+        # harm.
+        for workspace_id in self._engine.changes(info['time']):
+            self._look_at(workspace_id)
+
+    def _prebuild(self, name):
+        try:
+            self._templates.image(name, lambda line: None, gevent.event.Event())
+        except BackendError as error:
+            log.error('Template %s was not built: %s', name, error)
+
+    def reconcile(self):
+        """Compare the records with what the engine has: adopt what is unknown, go on with what was left
+        half-done."""
+        before = {workspace.id for workspace in self._state.all()}
+        busy = {workspace_id for workspace_id in before if self._workspaces.has_job(workspace_id)}
+        containers, volumes = self._engine.containers(), self._engine.volumes()
+        known = before | {workspace.id for workspace in self._state.all()}
+        for workspace_id in (containers.keys() | volumes.keys()) - known:
+            self._try_to_adopt(workspace_id, containers.get(workspace_id), volumes.get(workspace_id))
+        for workspace in self._state.all():
+            # Of one that was made or worked on meanwhile the lists tell an old state.
+            if workspace.id not in (known - before) | busy and not self._workspaces.has_job(workspace.id):
+                self._resume(workspace, containers.get(workspace.id), workspace.id in volumes)
+
+    def _resume(self, workspace, container, has_volume):
+        """Go on with a workspace on which no job is at work."""
+        if self._workspaces.go_on(workspace):
+            return
+        if workspace.status == ERROR and not workspace.ever_ran:
+            if container or has_volume:
+                self._engine.remove(workspace.id)
+        else:
+            self._compare(workspace, container, has_volume)
+
+    def _look_at(self, workspace_id):
+        """See to a workspace whose container changed, once the job at work on it is done."""
+        self._logs.changed(workspace_id)
+        for listener in self.on_changed:
+            self._checks.start(gevent.Greenlet(listener, workspace_id))
+        if workspace_id and workspace_id not in self._to_check:
+            self._to_check.add(workspace_id)
+            self._checks.start(gevent.Greenlet(self._check, workspace_id))
+
+    def _check(self, workspace_id):
+        self._workspaces.join_job(workspace_id)
+        self._to_check.discard(workspace_id)
+        with contextlib.suppress(WorkspaceNotFound, EngineUnavailable, Superseded):
+            workspace = self._state.get(workspace_id)
+            container = self._engine.find(workspace_id)
+            if workspace.type == TEMPORARY and not (container
+                                                    and container.up) and workspace.status == RUNNING:
+                gevent.sleep(GRACE)
+                container = self._engine.find(workspace_id)
+            workspace = self._state.get(workspace_id)
+            if workspace.status in SETTLED and not self._workspaces.has_job(workspace_id):
+                self._compare(workspace, container,
+                              container is not None or self._engine.has_volume(workspace_id))
+
+    def _compare(self, workspace, container, has_volume):
+        """Bring a settled record in line with the engine."""
+        if container is not None and container.going:
+            container = None
+        with contextlib.suppress(StateNotWritten):  # the change stands, and is written later
+            if container is not None and container.up:
+                self._compare_with_running(workspace, container)
+            elif workspace.status == RUNNING or not (container or has_volume):
+                self._compare_with_ended(workspace, *self._second_look(workspace, container, has_volume))
+
+    def _compare_with_running(self, workspace, container):
+        if workspace.status != RUNNING:
+            if workspace.ever_ran:
+                self._workspaces.has_started(workspace)
+        elif workspace.container_id != container.id or not self._probes.is_metered(workspace.id):
+            self._state.update(workspace.id, flush=False, container_id=container.id)
+            self._probes.meter(workspace.id, container.id)
+
+    def _compare_with_ended(self, workspace, container, has_volume):
+        if container is not None and container.up:
+            return  # the list told something else; what changes from now on is told
+        if workspace.status == RUNNING and workspace.type == TEMPORARY:
+            self._workspaces.remove(workspace.id)
+        elif container is None and not has_volume and workspace.ever_ran and workspace.status != ERROR:
+            self._workspaces.has_ended(workspace, ERROR, LOST)
+        elif workspace.status == RUNNING and container is None:
+            self._workspaces.has_ended(workspace, STOPPED, REMOVED)
+        elif workspace.status == RUNNING:
+            quiet = container.exit_code in (0, EXIT_TERM) and not container.out_of_memory
+            self._workspaces.has_ended(workspace, STOPPED,
+                                       '' if quiet else self._probes.why_it_ended(container))
+
+    def _second_look(self, workspace, container, has_volume):
+        """Ask for the container and the volume themselves before it is said that they are gone: a list may
+        lack something."""
+        found = self._engine.inspect(workspace.container_id) if workspace.container_id else None
+        if found is None and container is not None:
+            found = self._engine.inspect(container.id)
+        return None if found and found.going else found, has_volume or self._engine.has_volume(workspace.id)
+
+    # Adoption
+
+    def _try_to_adopt(self, workspace_id, container, labels):
+        """Adopt a workspace; one that can't be is left out, and keeps no other from being adopted."""
+        try:
+            self._adopt(workspace_id, container, labels)
+            self.problems.pop(workspace_id, None)
+        except EngineUnavailable:
+            raise
+        except Exception as error:
+            volume = self._engine.volume_of(workspace_id)
+            what = f'container {container.name}' if container else f'volume {volume}'
+            self.problems[workspace_id] = (
+                f'The {what} bears the label of workspace {workspace_id}, which is not known here, and '
+                'cannot be adopted '
+                f'({error!r:.200}). Look at it with docker inspect; remove it if it is not needed.')
+            log.warning('%s', self.problems[workspace_id])
+
+    def _adopt(self, workspace_id, container, labels):
+        """Make a record of what the engine's labels tell, when the state does not know of it."""
+        labels = container.labels if container else labels
+        value = {key.removeprefix(f'{PREFIX}.'): text for key, text in labels.items()
+                 if key.startswith(f'{PREFIX}.')}
+        if container is None and value['type'] == TEMPORARY:
+            log.info('Removing the volume of temporary workspace %s, whose container is gone.', workspace_id)
+            self._engine.remove(workspace_id)
+            return
+        now = time.time()
+        record = {'id': workspace_id, 'type': value['type'], 'template': value['template'],
+                  'created_at': float(value['createdAt']), 'ports': json.loads(value['ports']),
+                  'git_url': value['gitUrl'],
+                  'git_branch': value['gitBranch'], 'ttl_from': now, 'last_activity_at': now,
+                  'ever_ran': True}
+        found = self._found_in(container) if container else {
+            'name': value['name'], 'memory': self._config.workspace_memory, 'status': STOPPED}
+        found.setdefault('password', secrets.token_urlsafe(12))
+        self._state.adopt(Workspace(**record, **found, **json.loads(value['spec'])))
+        log.info('Adopted workspace %s (%s) from the engine.', workspace_id, found['name'])
+
+    def _found_in(self, container):
+        """Return the fields of a record that a container tells."""
+        reserved = self._workspaces.recipe.reserved_environment()
+        env = {key: text for key, text in self._engine.own_env(container).items() if key not in reserved}
+        password = self._engine.get_file(container.id, f'{SETTINGS_FOLDER}/password').decode('utf-8',
+                                                                                             'replace')
+        found = {'name': container.name.removeprefix(self._workspaces.recipe.name('')), 'env': env,
+                 'cpus': container.cpus,
+                 'memory': container.memory, 'container_id': container.id, 'status': RUNNING}
+        return found | ({'password': password.strip()} if password.strip() else {})
+
+    # The clock
+
+    def _sweep_for_ever(self):
+        while True:
+            gevent.sleep(SWEEP_PAUSE)
+            try:
+                self.sweep(time.time())
+            except InstanceTaken as error:
+                self.connected = False
+                self._loops[0].kill(error, block=False)  # it begins anew with a claim
+            except Exception:
+                log.exception('A sweep failed; the next one comes.')
+
+    def sweep(self, now):
+        """Do one turn: delete what has expired, and go on with what waited for the engine."""
+        step = self._state.follow_the_clock()
+        if step:
+            log.warning('The clock was set by %+.0f s, or the machine slept; the times of expiry are moved '
+                        'along.', step)
+        if not self.connected:
+            return
+        self._claim.defend()
+        for workspace in self._state.all():
+            if workspace.type == AGENT and workspace.status == RUNNING and (workspace.expires_at or now
+                                                                            + 1) <= now:
+                self._note_editor(workspace)
+        self._workspaces.expire(now)
+        for workspace in self._state.all():
+            if workspace.status not in SETTLED and not self._workspaces.has_job(workspace.id):
+                self._workspaces.go_on(workspace)
+
+    def _note_editor(self, workspace):
+        """Count an open editor as activity: code-server notes its heartbeat, in milliseconds since the
+        epoch."""
+        # Whatever runs in there may answer in its place.
+        with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError, Superseded,
+                                 DockerError):
+            health = self._probes.health(workspace, workspace.container_id)
+            beat, now = json.loads(health)['lastHeartbeat'] / 1000, time.time()
+            if workspace.last_activity_at < beat < now + CLOCK_SKEW:
+                self._state.update(workspace.id, flush=False, last_activity_at=min(beat, now))

@@ -1,0 +1,128 @@
+"""What a workspace shows from outside: whether its editor and SSH answer, its last words, and what it
+uses."""
+import contextlib
+import http.client
+import logging
+import socket
+
+import gevent
+
+from _agentbackend.engine import CODE_SERVER_PORT, SSH_PORT
+from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
+
+log = logging.getLogger('agentbackend')
+
+PROBE_TIMEOUT = 3  # seconds that a workspace has to say that it is well
+EXIT_CLONE_FAILED = 65  # of the entrypoint
+LAST_WORDS = 6  # lines of a container's output that an error quotes
+MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
+
+
+class Probes:
+    """Looks at workspaces over their published ports, or from inside where those can't be reached from
+    here."""
+
+    def __init__(self, config, engine):
+        self._engine = engine
+        # Published ports have another address than the one they are bound to.
+        self._inside = bool(config.workspace_host)
+        address = config.workspace_bind_address
+        # Where they are reached from here.
+        self.address = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(address, address)
+        self._usage = {}  # workspace id -> its last measurement
+        self._meters = {}  # workspace id -> greenlet
+
+    def is_ready(self, workspace, container_id):
+        """Return whether what the user will use answers: the editor, and SSH where there is any."""
+        return self.health(workspace, container_id) is not None and self._ssh_answers(workspace, container_id)
+
+    def health(self, workspace, container_id):
+        """Return the body of code-server's /healthz, or None when it does not answer."""
+        if self._inside:
+            url = f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'
+            return self._ask_inside(container_id, ['curl', '--noproxy', '*', '-fsS', '-m', '2', url])
+        connection = http.client.HTTPConnection(self.address, workspace.ports['codeServer'], timeout=2)
+        try:
+            # Whatever runs in there may answer in its place, and a byte at a time at that.
+            with gevent.Timeout(PROBE_TIMEOUT, TimeoutError()):
+                connection.request('GET', '/healthz')
+                answer = connection.getresponse()
+                return answer.read(MAX_HEALTH) if answer.status == 200 else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+    def why_it_ended(self, container):
+        """Return in words why a container has ended."""
+        if container.out_of_memory:
+            return (f'The container ran out of its {container.memory} bytes of memory. '
+                    'Give it more, or ask less of it.')
+        words = self.last_words(container)
+        if container.exit_code == EXIT_CLONE_FAILED:
+            return f'The clone failed: {words}'
+        return f'The container ended with exit code {container.exit_code}. It printed last: {words}'
+
+    def last_words(self, container):
+        """Return the last lines that a container printed."""
+        printed = []
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # somebody removes it just now
+            printed = [line for lines in self._engine.log_lines(container, tail=LAST_WORDS) for line in lines]
+        return '\n'.join(text.strip() for _, _, text in printed if text.strip()) or '(nothing)'
+
+    def usage(self, workspace_id):
+        """Return the last measurement of a workspace, {cpu_percent, memory, memory_limit}, or None; never
+        waits."""
+        return self._usage.get(workspace_id)
+
+    def is_metered(self, workspace_id):
+        """Return whether a workspace is being measured."""
+        return workspace_id in self._meters
+
+    def meter(self, workspace_id, container_id):
+        """Measure a container from now on: a stream per running one costs the engine about 0.1 % of a
+        core."""
+        self.unmeter(workspace_id)
+        self._meters[workspace_id] = gevent.spawn(self._measure, workspace_id, container_id)
+
+    def unmeter(self, workspace_id):
+        """Stop that; twice is fine."""
+        meter = self._meters.pop(workspace_id, None)
+        if meter is not None:
+            self._usage.pop(workspace_id, None)
+            meter.kill(block=False)
+
+    def close(self):
+        """Stop measuring."""
+        gevent.killall(list(self._meters.values()), timeout=5)
+
+    def _ask_inside(self, container_id, command):
+        """Return what a command prints, or None when it fails, or the container is paused or ends
+        meanwhile."""
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
+            code, printed = self._engine.run(container_id, command)
+            return printed if code == 0 else None
+
+    def _ssh_answers(self, workspace, container_id):
+        if not workspace.ssh:
+            return True
+        if self._inside:
+            command = (f'exec 3<>/dev/tcp/127.0.0.1/{SSH_PORT} && read -t 2 -r -n 4 banner <&3 '
+                       '&& [ "$banner" = SSH- ]')
+            return self._ask_inside(container_id, ['bash', '-c', command]) is not None
+        try:
+            with socket.create_connection((self.address, workspace.ports['ssh']), timeout=2) as connection:
+                return connection.recv(4) == b'SSH-'
+        except OSError:
+            return False
+
+    def _measure(self, workspace_id, container_id):
+        try:
+            for usage in self._engine.usage(container_id):
+                self._usage[workspace_id] = usage
+        except DockerError as error:
+            log.debug('Workspace %s is not measured any more: %s', workspace_id, error)
+        finally:
+            if self._meters.get(workspace_id) is gevent.getcurrent():
+                del self._meters[workspace_id]
+                self._usage.pop(workspace_id, None)

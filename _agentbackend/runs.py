@@ -1,0 +1,163 @@
+"""Commands in workspaces that outlive everybody: each has a folder in the volume with its input, output and
+end."""
+import contextlib
+
+from _agentbackend.dockerlog import STDERR
+from _agentbackend.engine import USER
+from _agentbackend.errors import DockerError, ValidationError
+
+# Is printed first: an engine that could not run the command says so in its place, on stdout too.
+BEGUN = b'\x06'
+SIGNAL_TIMEOUT = 5  # seconds that it may take to send a signal
+FOLDERS_AT_ONCE = 500  # that one command deletes
+MAX_STATUS = 100  # bytes
+LAST_WORDS = 8000  # bytes of stderr
+# Makes the folder of a run and takes its input from stdin, so many bytes: arguments would show in the
+# engine's events.
+PREPARE = '''
+command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
+command -v "$2" >/dev/null || { echo "$2"; exit 127; }
+umask 077; mkdir -p "$1" && head -c "$3" >"$1/task"
+'''
+# Prints what the run has written from a byte on, as it comes; ends with the run, and then prints its status
+# on stderr. The reader is known to be gone when stdin ends, so that a server that was killed leaves no `tail`
+# behind.
+FOLLOW = '''
+exec 4>&2 2>/dev/null; printf '\\006'
+n=0; while [ ! -e "$1/pid" ] && [ ! -e "$1/exit" ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n+1)); done
+if [ -e "$1/exit" ]; then tail -c "+$2" "$1/out"; else
+  exec 3<&0
+  tail -c "+$2" -f -s 0.1 --pid="$(cat "$1/pid")" "$1/out" & t=$!
+  { read -r _ <&3; kill "$t"; } & w=$!
+  wait "$t" || true; kill "$w"
+fi
+n=0; while [ ! -e "$1/exit" ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n+1)); done
+[ -e "$1/exit" ] || kill -0 "$(cat "$1/pid")" || echo 137 >"$1/exit" || echo 137 >&4
+[ ! -e "$1/exit" ] || head -c 100 "$1/exit" >&4
+'''
+
+
+class Following:
+    """The output of a run as it comes. Iterate over it; then `status` is the run's, or None if it has not
+    ended."""
+
+    def __init__(self, pieces):
+        self._pieces = pieces
+        self.begun = False  # it is read where it is written, so that it is known whether the run has ended
+        self.status = None
+
+    def __iter__(self):
+        """Yield bytes, at first maybe none; nothing at all when the engine could not begin to follow."""
+        told = b''
+        for stream, data in self._pieces:
+            if stream == STDERR:
+                told = (told + data)[:MAX_STATUS]
+            elif self.begun:
+                yield data
+            elif data[:1] == BEGUN:
+                self.begun = True
+                yield data[1:]
+            else:
+                return
+        self.status = parse_status(told)
+
+
+class Runs:
+    """Begins, follows, ends and deletes runs. A run is named by its id; `boot` is when its container was
+    started."""
+
+    def __init__(self, engine, base_path):
+        self._engine = engine
+        self._base_path = base_path
+
+    def folder(self, run_id):
+        """Return the folder of a run inside its workspace."""
+        return f'{self._base_path}/.agentbackend/runs/{run_id}'
+
+    def prepare(self, container, run_id, program, data):
+        """Make the folder of a run with its input; raise ValidationError when the image lacks what it
+        needs."""
+        command = ['sh', '-c', PREPARE, 'sh', self.folder(run_id), program, str(len(data))]
+        code, said = self._engine.run(container.id, command, user=USER, stdin=data)
+        said = said.decode('utf-8', 'replace').strip()
+        if 'unable to find user' in said:  # the engine says that in the place of the command
+            raise ValidationError(f'agent: the image of this workspace has no user {USER!r}, as whom agents '
+                                  'work')
+        if code == 127:
+            raise ValidationError(f'agent: the image of this workspace has no {said!r}, which this agent '
+                                  'needs')
+        if code != 0:
+            raise DockerError(f'The run could not be prepared in the workspace: {said[-500:]}')
+
+    def start(self, container, run_id, command, *, env, workdir):
+        """Start a command, detached from everybody; it reads the input that was prepared."""
+        self._engine.run_detached(container.id, ['agent-run', self.folder(run_id), *command], user=USER,
+                                  env={**env, 'AGENT_RUN_ID': run_id}, workdir=workdir)
+
+    def follow(self, container, run_id, offset):
+        """Return the Following of a run's output from a byte on."""
+        command = ['sh', '-c', FOLLOW, 'sh', self.folder(run_id), str(offset + 1)]
+        # With its id, a sweep ends this reader too: the command may have stopped it.
+        return Following(self._engine.follow(container.id, command, user=USER, env={'AGENT_RUN_ID': run_id}))
+
+    def output(self, container, run_id, limit):
+        """Yield what a run has written, at most `limit` bytes, of a container that may be stopped.
+
+        A file of a workspace may be of any length, and cost the workspace nothing.
+        """
+        return self._engine.read_file(container.id, f'{self.folder(run_id)}/out', limit=limit)
+
+    def status(self, container, run_id):
+        """Return the exit status that a run has written, or None."""
+        return parse_status(self._engine.get_file(container.id, f'{self.folder(run_id)}/exit'))
+
+    def last_words(self, container, run_id):
+        """Return the end of what a run has printed on stderr."""
+        command = ['tail', '-c', str(LAST_WORDS), f'{self.folder(run_id)}/err']
+        return self._engine.run(container.id, command, user=USER)[1].decode('utf-8', 'replace')
+
+    def signal(self, workspace_id, boot, run_id, name):
+        """Send a signal to the command itself: its children would take an interrupt for their own."""
+        script = f'[ -e "$1/exit" ] || kill -s {name} "$(cat "$1/pid")"'
+        self._in_container(workspace_id, boot, ['sh', '-c', script, 'sh', self.folder(run_id)])
+
+    def sweep(self, workspace_id, boot, run_id, *, keeper=False):
+        """Kill everything that carries the run's id in its environment, with what waits for its end if asked
+        to.
+
+        Returns whether nothing can be left of it: a container that is paused, or an engine that is away, has
+        to be asked again.
+        """
+        with contextlib.suppress(DockerError):
+            return self._in_container(workspace_id, boot,
+                                      ['agent-sweep', run_id, *(['keeper'] if keeper else [])])
+        return False
+
+    def delete(self, workspace_id, run_ids):
+        """Delete what runs have written; return False when that has to wait until their workspace runs."""
+        container = self._engine.find(workspace_id)
+        if container is None or container.state != 'running':
+            return False
+        for start in range(0, len(run_ids), FOLDERS_AT_ONCE):
+            folders = [self.folder(run_id) for run_id in run_ids[start:start + FOLDERS_AT_ONCE]]
+            code, _ = self._engine.run(container.id, ['rm', '-rf', *folders], user=USER)
+            if code != 0:
+                raise DockerError('What a task has written could not be deleted from workspace '
+                                  f'{workspace_id}: '
+                                  f'rm ended with status {code}.')
+        return True
+
+    def _in_container(self, workspace_id, boot, command):
+        """Run a short command in the container of a run; return whether it was done, or there is nothing to
+        do it to."""
+        container = self._engine.find(workspace_id)
+        # Its number is another's by now.
+        if container is None or not container.up or container.started_at != boot:
+            return True
+        return self._engine.run(container.id, command, user=USER, timeout=SIGNAL_TIMEOUT)[0] == 0
+
+
+def parse_status(text):
+    """Return the exit status that bytes hold, or None."""
+    text = text[:MAX_STATUS].strip()
+    return int(text) if text.isdigit() and len(text) <= 3 else None

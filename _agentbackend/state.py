@@ -1,0 +1,592 @@
+"""Workspaces with their ports, and sessions with their runs, in one locked dict each, mirrored to one
+file."""
+import dataclasses
+import json
+import logging
+import secrets
+import string
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import gevent
+import gevent.event
+
+from _agentbackend.errors import (
+    ConfigError,
+    PortExhausted,
+    SessionBusy,
+    SessionNotFound,
+    StateNotWritten,
+    Superseded,
+    TooMany,
+    WorkspaceAlreadyExists,
+    WorkspaceNotFound,
+)
+from _agentbackend.records import (
+    AGENT,
+    DELETING,
+    RUNNING,
+    SETTLED,
+    Run,
+    Session,
+    Workspace,
+    encode_record,
+    record_of,
+)
+from _agentbackend.store import BEGUN, OUTDATED, RUNS, DamagedFile, NewerFile, Store
+from _agentbackend.timing import boot_id, clock_offset
+
+log = logging.getLogger('agentbackend')
+
+PORT_KINDS = {'codeServer': 'CODE_SERVER_PORTS', 'ssh': 'SSH_PORTS', 'custom': 'CUSTOM_PORTS'}
+ID_LETTERS = string.ascii_lowercase + string.digits
+RETRY_PAUSE = 1  # seconds until a write that failed is tried again
+CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
+JSON_VERSION = 1  # of the file that earlier versions kept
+
+
+class State:
+    """Workspaces with their ports, and sessions, in one locked dict each, mirrored to a SQLite file.
+
+    The dicts are the truth while the server runs. Of the runs they hold the last of each session and those
+    that are not settled yet; the others are read from the file. Workspaces are returned as copies. A change
+    returns when the file holds it, and raises StateNotWritten when that failed; the change stands, and is
+    written as soon as the disk allows it.
+    """
+
+    def __init__(self, path, ranges):
+        self.path = Path(path) if path else None
+        self.ranges = ranges  # kind of PORT_KINDS -> (first, last)
+        # Of the file, so that one server can be told from another of the same instance.
+        self.id = secrets.token_hex(16)
+        self.failure = ''  # why the last write failed
+        # Protects the dicts, _dirty and _version. Nothing that can block is done under it: no file, no
+        # engine, no event.
+        self._lock = threading.RLock()
+        self._workspaces = {}
+        self._sessions = {}
+        self._open_runs = {}  # (session id, number) -> Run: at work, unswept, or not in the file yet
+        self._dirty = {}  # (kind, *key) -> whether the record is to be dropped; in the order of the changes
+        self._version = self._saved = 0
+        self._changed = gevent.event.Event()
+        self._written = gevent.event.Event()  # set and replaced after each attempt
+        self._store = self._writer = None
+        self._offset = clock_offset()
+
+    @property
+    def opened(self):
+        """Whether the file was read, and is being written."""
+        return self._writer is not None
+
+    def open(self):
+        """Read the file and begin to mirror to it. A damaged file is put aside, and the engine's labels tell
+        the rest.
+
+        Raises ConfigError for a file of a newer version, which is left as it is, and OSError for a folder
+        that cannot be used.
+        """
+        if not self.path:
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._store = Store(self.path)
+        try:
+            self._load(self._store.open())
+        except NewerFile as error:
+            raise ConfigError(self._newer(self.path)) from error
+        except (DamagedFile, ValueError, TypeError, KeyError) as error:
+            self._store.close()
+            self._tell_damage(self.path, error, self._store.set_aside('damaged', int(time.time())))
+            self._load(self._store.open())
+        self._take_over(self.path.with_suffix('.json'))
+        self._writer = gevent.spawn(self._write_for_ever)
+
+    def close(self):
+        """Write what is not yet written, and stop."""
+        if self._writer is None:
+            return
+        while self._saved < self._version and self.try_flush():
+            pass  # the write at work in its thread must not meet another one
+        self._writer.kill()
+        self._writer = None
+        self._write()
+        self._wake()
+        self._store.close()
+
+    def get(self, id_or_name):
+        """Return a copy of the workspace with this id or name; raise WorkspaceNotFound."""
+        with self._lock:
+            return self._find(id_or_name).copy()
+
+    def container_of(self, workspace_id):
+        """Return the id of the container that was made for a workspace, or '' if there is none."""
+        with self._lock:
+            found = self._workspaces.get(workspace_id)
+            return found.container_id if found is not None else ''
+
+    def all(self):
+        """Return copies of all workspaces, oldest first."""
+        with self._lock:
+            found = [item.copy() for item in self._workspaces.values()]
+        return sorted(found, key=lambda item: (item.created_at, item.id))
+
+    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True, flush=True):
+        """Add a workspace under a new id with ports of its own, and return its copy.
+
+        Raises WorkspaceAlreadyExists and PortExhausted; then nothing is kept.
+        """
+        with self._lock:
+            self._refuse_taken(draft.name, taken_names)
+            draft.id = self._new_id()
+            draft.ports = self._claim(draft, {}, set(taken_ports), is_free)
+            self._workspaces[draft.id] = draft.copy()
+            self._touch('workspace', draft.id)
+        if flush:
+            self.flush()
+        return draft
+
+    def adopt(self, workspace):
+        """Add a workspace as the engine knows it."""
+        with self._lock:
+            self._workspaces[workspace.id] = workspace.copy()
+            self._touch('workspace', workspace.id)
+        self.try_flush()
+
+    def update(self, workspace_id, *, when=None, flush=True, **changes):
+        """Change fields and return the copy; with `when` (a set of statuses) only from one of those, else
+        raise Superseded."""
+        with self._lock:
+            found = self._workspaces.get(workspace_id)
+            if found is None or (when is not None and found.status not in when):
+                raise Superseded(workspace_id)
+            result = dataclasses.replace(found, **changes)
+            self._workspaces[workspace_id] = result.copy()
+            if changes:
+                self._touch('workspace', workspace_id)
+        if flush:
+            self.flush()
+        return result
+
+    def rename(self, workspace_id, name, *, taken_names=()):
+        """Give a workspace another name; raise WorkspaceAlreadyExists."""
+        with self._lock:
+            found = self._find(workspace_id)
+            if found.name != name:
+                self._refuse_taken(name, taken_names)
+                found.name = name
+            self._touch('workspace', workspace_id)
+        self.flush()
+
+    def claim_ports(self, workspace_id, *, avoid=frozenset(), is_free=lambda port: True):
+        """Give the workspace the ports that it lacks, and others for those to `avoid`; return the copy."""
+        with self._lock:
+            found = self._find(workspace_id)
+            kept = {key: port for key, port in found.ports.items() if port not in avoid}
+            found.ports = self._claim(found, kept, set(avoid), is_free)
+            result = found.copy()
+            self._touch('workspace', workspace_id)
+        self.try_flush()
+        return result
+
+    def expire(self, now):
+        """Mark those whose time has come as deleting, and return their ids."""
+        with self._lock:
+            at_work = {run.workspace_id for run in self._open_runs.values() if run.state == RUNNING}
+            due = [item for item in self._workspaces.values()
+                   if item.status in SETTLED and item.expires_at is not None and item.expires_at <= now
+                   and not (item.type == AGENT and item.id in at_work)]
+            for item in due:
+                item.status = DELETING
+                self._touch('workspace', item.id)
+        return [item.id for item in due]
+
+    def follow_the_clock(self):
+        """Move the times that expiry counts from along with a clock that was set; return by how many seconds,
+        mostly 0.
+
+        A machine may start in 1970 and learn the time later: that is no idle time. The time in which it
+        sleeps is none either.
+        """
+        offset = clock_offset()
+        step, self._offset = offset - self._offset, offset
+        return self._shift(step) if abs(step) >= CLOCK_STEP else 0
+
+    def remove(self, workspace_id):
+        """Forget a workspace with its sessions, and give its ports back. It does not wait for the file."""
+        with self._lock:
+            self._workspaces.pop(workspace_id, None)
+            for session_id in [key for key, item in self._sessions.items()
+                               if item.workspace_id == workspace_id]:
+                self._drop_session(session_id)
+            self._touch('workspace', workspace_id, drop=True)
+
+    def session(self, session_id):
+        """Return a session; raise SessionNotFound."""
+        with self._lock:
+            if session_id not in self._sessions:
+                raise SessionNotFound('Session not found')
+            return self._sessions[session_id]
+
+    def sessions(self):
+        """Return all sessions, oldest first."""
+        with self._lock:
+            found = list(self._sessions.values())
+        return sorted(found, key=lambda item: (item.created_at, item.id))
+
+    def open_runs(self):
+        """Return the runs that are at work, or have left processes that are still to be ended."""
+        with self._lock:
+            return [run for run in self._open_runs.values() if run.state == RUNNING or run.unswept]
+
+    def run(self, session_id, number):
+        """Return a run that is at work or that ended just now, else None."""
+        with self._lock:
+            session = self._sessions.get(session_id)
+            last = session.last if session is not None else None
+            return last if last is not None and last.number == number else self._open_runs.get((session_id,
+                                                                                                number))
+
+    def runs(self, session_id, *, after=0, limit=-1):
+        """Return the runs of a session that are kept, from the one behind number `after` on, at most `limit`
+        (-1 is all)."""
+        session = self.session(session_id)
+        held = {run.number: run for run in self._unsettled() if run.session_id == session_id
+                and run.number > after}
+        found = {run.number: run for run in self._read(RUNS, session_id, after, limit)
+                 if run.started_at >= session.created_at}
+        found = held | {number: run for number, run in found.items() if number not in held
+                        or run.ended_at is not None}
+        return [found[number] for number in sorted(found)][:None if limit < 0 else limit]
+
+    def runs_begun(self, workspace_id, serial):
+        """Return the runs of a workspace from a serial number on, in the order in which they began."""
+        held = [run for run in self._unsettled() if run.workspace_id == workspace_id and run.serial >= serial]
+        found = {run.id: run for run in (*held, *self._read(BEGUN, workspace_id, serial))}
+        with self._lock:
+            known = [run for run in found.values() if run.session_id in self._sessions]
+        return sorted(known, key=lambda run: run.serial)
+
+    def outdated_runs(self, keep, before):
+        """Return some of the ended runs that are more than `keep` in all, or ended before a time."""
+        return self._read(OUTDATED, keep, before)
+
+    def begin_run(self, session, run, *, limit):
+        """Add a run to a session, which is added if it is new; return the session. Raise SessionBusy while
+        another runs, and TooMany.
+
+        It does not wait for the file: `flush` does.
+        """
+        with self._lock:
+            found = self._sessions.get(session.id, session)
+            if found.last is not None and found.last.state == RUNNING:
+                raise SessionBusy(f'Session {session.id} has a task that runs; wait for its end, or cancel '
+                                  'it.')
+            if sum(item.state == RUNNING for item in self._open_runs.values()) >= limit:
+                raise TooMany(f'AGENT_MAX_TASKS={limit} tasks are already running; wait for one to finish.',
+                              headers={'Retry-After': '10'})
+            workspace = self._find(found.workspace_id)
+            workspace.runs_begun += 1
+            run = dataclasses.replace(run, session_id=session.id, workspace_id=workspace.id,
+                                      number=found.count + 1, serial=workspace.runs_begun)
+            # An id that was begun with is refused a second time.
+            agents_id = found.agent_session_id if found.conversed else str(uuid.uuid4())
+            self._touch('workspace', workspace.id)
+            return self._put_run(dataclasses.replace(found, agent_session_id=agents_id, count=run.number),
+                                 run)
+
+    def update_run(self, session_id, number, *, flush=True, **changes):
+        """Change fields of a run that is at work, or unswept; raise SessionNotFound when there is none."""
+        with self._lock:
+            run = self._open_runs.get((session_id, number))
+            if run is None:
+                raise SessionNotFound('Session not found')
+            self._put_run(self._sessions[session_id], dataclasses.replace(run, **changes))
+        if flush:
+            self.flush()
+
+    def end_run(self, session_id, number, *, state, end, total_cost_usd, conversed, length=None,
+                unswept=False):
+        """Write down the end of a run; a session that is gone with its workspace is fine."""
+        with self._lock:
+            session, run = self._sessions.get(session_id), self._open_runs.get((session_id, number))
+            if session is None or run is None:
+                return
+            total = session.total_cost_usd if total_cost_usd is None else total_cost_usd
+            self._put_run(dataclasses.replace(session, conversed=conversed, total_cost_usd=total),
+                          dataclasses.replace(
+run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_at), unswept=unswept))
+        self.try_flush()
+
+    def remove_session(self, session_id):
+        """Forget a session with its runs; raise SessionBusy while one of them is at work."""
+        with self._lock:
+            session = self.session(session_id)
+            if session.last.state == RUNNING:
+                raise SessionBusy(f'Session {session_id} has a task that runs; cancel it first.')
+            self._drop_session(session_id)
+        self.flush()
+
+    def forget_runs(self, runs):
+        """Forget ended runs, and sessions that have none left."""
+        with self._lock:
+            for run in runs:
+                session = self._sessions.get(run.session_id)
+                if session is not None and session.last.number == run.number:
+                    self._drop_session(run.session_id)
+                elif session is not None:
+                    self._touch('run', run.session_id, run.number, drop=True)
+        self.try_flush()
+
+    def ports_in_use(self):
+        """Return how many ports of each kind are taken, and of how many: {kind: (used, total)}."""
+        with self._lock:
+            ports = self._taken_ports()
+        return {kind: (sum(first <= port <= last for port in ports), last - first + 1)
+                for kind, (first, last) in self.ranges.items()}
+
+    def flush(self):
+        """Wait until the file holds everything up to now; raise StateNotWritten when that fails."""
+        if not self.try_flush():
+            raise StateNotWritten(f'The change could not be written to {self.path} ({self.failure}). It is '
+                                  'tried again each second, and '
+                                  'lost if the server ends before that: make room, or see to the disk.',
+                                  headers={'Retry-After': '5'})
+
+    def try_flush(self):
+        """Wait until the file holds everything up to now; return False when the attempt failed."""
+        target = self._version
+        while self._writer and self._saved < target:
+            self._written.wait()
+            if self.failure and self._saved < target:
+                return False
+        return True
+
+    # Records
+
+    def _find(self, id_or_name):
+        found = self._workspaces.get(id_or_name)
+        if found is None:
+            found = next((item for item in self._workspaces.values() if item.name == id_or_name), None)
+        if found is None:
+            raise WorkspaceNotFound('Workspace not found')
+        return found
+
+    def _refuse_taken(self, name, taken_names):
+        if name in taken_names or any(item.name == name for item in self._workspaces.values()):
+            raise WorkspaceAlreadyExists(f'A workspace named {name!r} exists already; choose another name or '
+                                         'delete that one.')
+
+    def _new_id(self):
+        while True:
+            new = 'ws-' + ''.join(secrets.choice(ID_LETTERS) for _ in range(8))
+            if new not in self._workspaces:
+                return new
+
+    def _taken_ports(self):
+        return {port for item in self._workspaces.values() for port in item.ports.values()}
+
+    def _claim(self, workspace, kept, avoid, is_free):
+        """Return `kept` with the ports added that `workspace` lacks. `is_free` binds for a moment: quick, and
+        never blocks."""
+        wanted = {'codeServer': 'codeServer'} | ({'ssh': 'ssh'} if workspace.ssh else {})
+        wanted |= {str(port): 'custom' for port in workspace.wanted_ports}
+        result, taken = dict(kept), self._taken_ports() | avoid
+        for key, kind in wanted.items():
+            if key in result:
+                continue
+            first, last = self.ranges[kind]
+            result[key] = next((port for port in range(first, last + 1) if port not in taken
+                                and is_free(port)), None)
+            if result[key] is None:
+                raise PortExhausted(f'No free port in {PORT_KINDS[kind]}={first}-{last}: delete a workspace, '
+                                    'or widen the range.')
+            taken.add(result[key])
+        return result
+
+    def _shift(self, step):
+        now = time.time()
+        with self._lock:
+            for item in self._workspaces.values():
+                if item.ttl is not None:
+                    item.last_activity_at = min(item.last_activity_at + step, now)
+                    item.ttl_from = min(item.ttl_from + step, now)
+                    self._touch('workspace', item.id)
+        return step
+
+    def _put_run(self, session, run):
+        if session.last is None or run.number >= session.last.number:
+            session = dataclasses.replace(session, last=run)
+        self._sessions[session.id] = session
+        self._open_runs[run.session_id, run.number] = run
+        self._touch('session', session.id)
+        self._touch('run', run.session_id, run.number)
+        return session
+
+    def _drop_session(self, session_id):
+        self._sessions.pop(session_id, None)
+        self._open_runs = {key: run for key, run in self._open_runs.items() if key[0] != session_id}
+        self._touch('session', session_id, drop=True)
+
+    def _unsettled(self):
+        with self._lock:
+            return list(self._open_runs.values())
+
+    def _read(self, query, *parameters):
+        return [record_of(Run, values) for values in self._store.read(query,
+                                                                      *parameters)] if self._store else []
+
+    # The file
+
+    def _load(self, content):
+        """Take the records of the file; raise ValueError for what makes no sense."""
+        workspaces = {item.id: item for item in (record_of(Workspace, values)
+                                                 for values in content['workspaces'])}
+        sessions = {item.id: item for item in (record_of(Session, values) for values in content['sessions'])}
+        runs = sorted((record_of(Run, values) for values in content['runs']), key=lambda run: run.number)
+        for run in runs:
+            if run.session_id in sessions:
+                sessions[run.session_id] = dataclasses.replace(sessions[run.session_id], last=run)
+        kept = {key: item for key, item in sessions.items() if item.last is not None
+                and item.workspace_id in workspaces}
+        meta = content['meta']
+        boot, offset = meta.get('clock', ('', 0))
+        with self._lock:
+            self._workspaces, self._sessions, self.id = workspaces, kept, meta.get('id', self.id)
+            self._open_runs = {(run.session_id, run.number): run for run in runs
+                               if run.session_id in kept and (run.state == RUNNING or run.unswept)}
+            self._touch('meta', 'id')
+        if boot == boot_id():
+            self._offset = offset
+
+    def _take_over(self, path):
+        """Take over the JSON file of earlier versions, once."""
+        if not path.is_file():
+            return
+        try:
+            document = json.loads(path.read_bytes())
+            if document['version'] > JSON_VERSION:
+                raise ConfigError(self._newer(path))
+            workspaces = [record_of(Workspace, {('ever_ran' if key == 'born' else key): value
+                                                for key, value in item.items()})
+                          for item in document['workspaces']]
+            sessions = [(record_of(Session, {key: value for key, value in item.items() if key != 'runs'}),
+                         [record_of(Run, run) for run in item['runs']])
+                         for item in document.get('sessions', ())]
+            aside = path.with_suffix('.json.taken-over')
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            workspaces, sessions, aside = [], [], path.with_suffix(f'.damaged-{int(time.time())}')
+            self._tell_damage(path, error, aside)
+        with self._lock:
+            for workspace in workspaces:
+                self._workspaces.setdefault(workspace.id, workspace)
+                self._touch('workspace', workspace.id)
+            for session, runs in sessions:
+                self._take_over_session(session, runs)
+        self._write(must=True)
+        path.rename(aside)
+
+    def _take_over_session(self, session, runs):
+        workspace = self._workspaces.get(session.workspace_id)
+        if workspace is None or session.id in self._sessions:
+            return
+        for run in runs:
+            workspace.runs_begun += 1
+            run = dataclasses.replace(run, session_id=session.id, workspace_id=workspace.id,
+                                      serial=workspace.runs_begun)
+            session = self._put_run(dataclasses.replace(session, count=run.number), run)
+
+    @staticmethod
+    def _newer(path):
+        return (f'The state file {path} was written by a newer version of Agent Backend, and is left as it '
+                'is: run that version, '
+                'or name another STATE_DIR.')
+
+    @staticmethod
+    def _tell_damage(path, error, aside):
+        log.error('The state file %s is damaged (%s); it is kept as %s, and what the engine knows is '
+                  'adopted.', path, error, aside)
+
+    def _touch(self, kind, *key, drop=False):
+        """Note a change of a record, or its end; that of a session takes its runs along."""
+        if kind == 'session' and drop:
+            self._dirty = {other: value for other, value in self._dirty.items()
+                           if other[0] not in ('session', 'run') or other[1] != key[0]}
+        self._dirty.pop((kind, *key), None)
+        self._dirty[(kind, *key)] = drop
+        self._version += 1
+        self._changed.set()
+
+    def _write_for_ever(self):
+        while True:
+            self._changed.wait()
+            try:
+                self._write()
+            except Exception as error:  # whatever it is, what comes later is to be written
+                self._tell_failure(repr(error))
+                log.exception('Writing the state failed; trying again.')
+                self._changed.set()
+            self._wake()
+            if self.failure:
+                gevent.sleep(RETRY_PAUSE)
+
+    def _wake(self):
+        done, self._written = self._written, gevent.event.Event()
+        done.set()
+
+    def _write(self, must=False):
+        """Write what has changed since the last time, a row per record; what fails is put back."""
+        self._changed.clear()
+        with self._lock:
+            version, dirty, self._dirty = self._version, self._dirty, {}
+            rows, refused = self._rows(dirty)
+        try:
+            # A disk may take its time; in a thread, other greenlets go on meanwhile.
+            self._store.write([*rows, ('meta', ('clock',), (json.dumps([boot_id(), self._offset]),))])
+        except Exception as error:
+            if must:
+                raise OSError(0, str(error)) from error
+            self._tell_failure(str(error) or type(error).__name__)
+            with self._lock:
+                newer, self._dirty = self._dirty, dirty
+                for (kind, *key), drop in newer.items():
+                    self._touch(kind, *key, drop=drop)
+                self._changed.set()
+            return
+        if self.failure and not refused:
+            log.warning('The state file %s can be written again.', self.path)
+        self.failure, self._saved = refused, version
+        with self._lock:
+            self._open_runs = {key: run for key, run in self._open_runs.items()
+                               if run.state == RUNNING or run.unswept or ('run', *key) in self._dirty}
+
+    def _tell_failure(self, failure):
+        if failure != self.failure:
+            log.error('The state file %s could not be written (%s); it is tried again each second.',
+                      self.path, failure)
+        self.failure = failure
+
+    def _rows(self, dirty):
+        """Return (rows for the store, '' or why some are left out): one record that can't be written keeps no
+        other from the file."""
+        rows, refused = [], ''
+        for (kind, *key), drop in dirty.items():
+            try:
+                values = None if drop else self._values(kind, key)
+            except Exception as error:
+                refused = f'{kind} {key[0]}: {error!r}'
+                log.exception('The record of %s %s can not be written.', kind, key)
+                continue
+            rows.append((kind, tuple(key), values))
+        return rows, refused
+
+    def _values(self, kind, key):
+        if kind == 'meta':
+            return json.dumps(self.id),
+        if kind == 'workspace':
+            return encode_record(self._workspaces[key[0]]),
+        if kind == 'session':
+            return encode_record(self._sessions[key[0]], without='last'),
+        run = self._open_runs[tuple(key)]
+        return run.workspace_id, run.serial, run.ended_at, int(run.state == RUNNING
+                                                               or run.unswept), encode_record(run)

@@ -1,0 +1,80 @@
+"""How a greenlet that is never without work lets others work too, and how times are read and written."""
+import functools
+import re
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import gevent
+
+TURN = 0.005  # seconds of work before others are let on
+
+
+class Turn:
+    """The time that a greenlet takes for its work before others are let on: while there is data, gevent never
+    switches by itself."""
+
+    __slots__ = ('_begun',)
+
+    def __init__(self):
+        self._begun = time.monotonic()
+
+    def pass_on(self):
+        """Let others have theirs if this one is over."""
+        if time.monotonic() - self._begun > TURN:
+            gevent.sleep(0)
+            self._begun = time.monotonic()
+
+
+def cooperatively(items):
+    """Yield what an iterator gives, and let others have their turn now and then."""
+    turn = Turn()
+    for item in items:
+        yield item
+        turn.pass_on()
+
+
+def with_deadline(items, timeout, error):
+    """Yield what an iterator gives; raise `error` when the next item takes more than `timeout` seconds."""
+    items, end = iter(items), object()
+    while True:
+        with gevent.Timeout(timeout, error):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
+def parse_time(text):
+    """Return the seconds since the epoch of the engine's RFC 3339 times, whose nanoseconds Python can't
+    read."""
+    match = re.match(r'(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)?', text or '')
+    if not match:
+        return time.time()
+    second = datetime.fromisoformat(match[1] + (match[3] or 'Z').replace('Z', '+00:00'))
+    return second.timestamp() + float(match[2] or 0)
+
+
+def view_time(seconds):
+    """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00',
+                                                                                                    'Z')
+
+
+@functools.lru_cache
+def boot_id():
+    """Return what tells this boot of the machine from another: monotonic times mean something within one boot
+    only."""
+    return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+
+
+def clock_offset():
+    """Return by how many seconds the wall clock is ahead of the monotonic one: it changes when the clock is
+    set, or the machine slept."""
+    while True:
+        before = time.monotonic()
+        offset = time.time() - before
+        if time.monotonic() - before < 0.01:  # this process was not stopped in between
+            return offset

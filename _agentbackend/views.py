@@ -1,0 +1,112 @@
+"""Records as the objects of the API."""
+import json
+
+from _agentbackend.engine import USER
+from _agentbackend.records import RUNNING
+from _agentbackend.timing import view_time
+from _agentbackend.wire import text_frame
+
+RETRY = 2000  # milliseconds after which a browser's EventSource comes back
+
+
+def view_workspace(workspace):
+    """Return a workspace as a list shows it."""
+    custom = {key: port for key, port in workspace.ports.items() if key.isdigit()}
+    return {'id': workspace.id, 'name': workspace.name, 'status': workspace.status, 'type': workspace.type,
+            'template': workspace.template, 'codeServerPort': workspace.ports.get('codeServer'),
+            'sshPort': workspace.ports.get('ssh'),
+            'ports': custom, 'createdAt': view_time(workspace.created_at),
+            'expiresAt': view_time(workspace.expires_at)}
+
+
+def view_workspace_details(workspace, usage, config):
+    """Return a workspace with everything that is known of it; `usage` is its last measurement or None."""
+    address = config.workspace_bind_address
+    host = config.workspace_host or {'0.0.0.0': 'localhost', '::': 'localhost'}.get(address, address)
+    netloc = f'[{host}]' if ':' in host else host
+    project = f'{config.workspace_base_path}/{workspace.folder}'
+    editor, ssh = workspace.ports.get('codeServer'), workspace.ports.get('ssh')
+    if usage is None and workspace.status == RUNNING:  # the engine takes a second to measure
+        usage = {'cpu_percent': 0.0, 'memory': 0, 'memory_limit': workspace.memory}
+    # Each workspace has host keys of its own, and ports are used again: without the alias, ssh would cry
+    # wolf.
+    return view_workspace(workspace) | {
+        'containerId': workspace.container_id[:12] or None,
+        'codeServerUrl': f'http://{netloc}:{editor}/?folder={project}' if editor else None,
+        'codeServerPassword': workspace.password,
+        'sshCommand': f'ssh -p {ssh} -o HostKeyAlias={workspace.id} {USER}@{host}' if ssh else None,
+        'gitUrl': workspace.git_url or None, 'gitBranch': workspace.git_branch or None,
+        'labels': workspace.labels, 'error': workspace.error or None, 'ttl': workspace.ttl,
+        'lastActivityAt': view_time(workspace.last_activity_at),
+        'resources': usage and {'cpuPercent': usage['cpu_percent'], 'memoryUsage': usage['memory'],
+                                'memoryLimit': usage['memory_limit']}}
+
+
+def view_session(session):
+    """Return a session as a list shows it."""
+    last = session.last
+    return {'id': session.id, 'workspaceId': session.workspace_id, 'agent': session.agent,
+            'state': last.state,
+            'createdAt': view_time(session.created_at),
+            'lastActivityAt': view_time(last.ended_at or last.started_at), 'runs': session.count}
+
+
+def view_session_details(session, runs):
+    """Return a session with those of its runs that are kept."""
+    return view_session(session) | {'agentSessionId': session.agent_session_id,
+                                    'totalCostUsd': session.total_cost_usd,
+                                    'runs': [view_run(run) for run in runs]}
+
+
+def view_run(run):
+    """Return a run: its task and times, and how it ended."""
+    end = run.end['data'] if run.end else {}
+    return {'id': run.id, 'number': run.number, 'state': run.state, 'task': run.task,
+            'startedAt': view_time(run.started_at),
+            'endedAt': view_time(run.ended_at), 'timeout': run.timeout, 'turns': end.get('turns'),
+            'durationMs': end.get('durationMs'),
+            'costUsd': end.get('costUsd'), 'result': end.get('message') if run.state == 'completed' else None,
+            'error': {'code': end.get('code'), 'message': end.get('message')}
+            if run.state in ('failed', 'cancelled') else None}
+
+
+def view_image(state):
+    """Return the state of a template's image."""
+    shown = {'image': state['image'], 'state': state['state']}
+    if state['error']:
+        shown['error'] = state['error']
+    if state['building_since']:
+        shown['buildingSince'] = view_time(state['building_since'])
+    return shown
+
+
+def view_event(event):
+    """Return an event as JSON bytes, encoded once for all its readers."""
+    if event.json is None:
+        shown = {'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id or None,
+                 'timestamp': view_time(event.timestamp), 'data': event.data}
+        if event.session_id is not None:
+            shown['sessionId'] = event.session_id
+        event.json = encode(shown)[:-1]
+    return event.json
+
+
+def view_sse(event):
+    """Return an event as SSE text. It has no name: a browser's `onmessage` sees only those without."""
+    return b'id: %s\ndata: %s\n\n' % (event.id.encode(), view_event(event))
+
+
+def view_frame(event):
+    """Return an event as a WebSocket frame."""
+    return text_frame(view_event(event))
+
+
+def encode(value):
+    """Return a value as JSON bytes with a line end, which a shell is grateful for."""
+    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace') + b'\n'
+
+
+def view_error(error):
+    """Return the one shape in which every failure is told."""
+    shown = {'success': False, 'error': str(error), 'code': error.code}
+    return shown | ({'details': error.details} if error.details else {})

@@ -1,0 +1,461 @@
+"""The life of workspaces: create, start, stop, restart, change and remove, each with its job."""
+import contextlib
+import logging
+import secrets
+import time
+
+import gevent
+import gevent.event
+import gevent.lock
+
+from _agentbackend.errors import (
+    BackendError,
+    ConflictOnEngine,
+    DockerError,
+    EngineUnavailable,
+    PortTaken,
+    StateNotWritten,
+    Superseded,
+    WorkspaceAlreadyExists,
+    WorkspaceNotFound,
+    WorkspaceNotRunning,
+    refusal,
+)
+from _agentbackend.events import DELETED
+from _agentbackend.giturls import split_credentials
+from _agentbackend.recipe import Recipe
+from _agentbackend.records import (
+    AGENT,
+    CREATING,
+    DELETING,
+    ERROR,
+    PERSISTENT,
+    RUNNING,
+    SETTLED,
+    STOPPED,
+    STOPPING,
+    TEMPORARY,
+    Workspace,
+)
+
+log = logging.getLogger('agentbackend')
+
+PORT_ATTEMPTS = 5
+MAX_LABELS = 100  # of a workspace
+READY_PAUSE = 0.1  # seconds between looks at a workspace that starts
+
+
+class Workspaces:
+    """Each verb changes the record at once and goes on in a job, at most one per workspace."""
+
+    def __init__(self, config, state, events, engine, templates, probes, claim):
+        self._config = config
+        self._state = state
+        self._events = events
+        self._engine = engine
+        self._templates = templates
+        self._probes = probes
+        self._claim = claim
+        self.recipe = Recipe(config, engine)
+        self._jobs = {}  # id -> greenlet of its last job
+        self._cancelled = {}  # id -> event that is set when the job at work has lost its purpose
+        # Id -> line for git's credential store, only here and only until the container has it.
+        self._credentials = {}
+        self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
+
+    # Verbs
+
+    def create(self, body):
+        """Reserve a workspace for a checked body of POST /api/workspaces and begin to make it; return its
+        record."""
+        template = body.get('template', self._config.default_template)
+        self._templates.tag(template)
+        if 'gitBranch' in body and 'gitUrl' not in body:
+            raise refusal('gitBranch', 'it needs a gitUrl')
+        url, credentials = split_credentials(body.get('gitUrl', ''))
+        self._claim.check()
+        names, ports = self._engine.taken()
+        workspace = self._state.reserve(self._draft(body, template, url, bool(credentials)), flush=False,
+                                        taken_names=self.recipe.names_of(names), taken_ports=ports,
+                                        is_free=self.recipe.is_free)
+        if credentials:
+            self._credentials[workspace.id] = credentials
+        self._announce(workspace)
+        self._begin(workspace.id, self._bring_up)
+        try:
+            self._state.flush()
+        except StateNotWritten:
+            self._cancelled[workspace.id].set()  # its job has begun nothing, since it waits for the same
+            self._forget(workspace.id)
+            raise
+        return workspace
+
+    def start(self, id_or_name):
+        """Start a stopped workspace, or try again one that failed after it had run; one that runs is left
+        alone."""
+        workspace = self._reachable(id_or_name)
+        if workspace.status in (RUNNING, CREATING):
+            return workspace
+        if workspace.status == ERROR and not workspace.ever_ran:
+            raise WorkspaceNotRunning(f'Workspace {workspace.name} was never made ({workspace.error}). '
+                                      'Delete it and create it again.')
+        self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
+        return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time())
+
+    def stop(self, id_or_name):
+        """Stop a running workspace: a temporary one is deleted by that. One that is stopped is left alone."""
+        workspace = self._reachable(id_or_name)
+        if workspace.status in (STOPPED, STOPPING):
+            return workspace
+        self._refuse_unless(workspace, {RUNNING, ERROR} if workspace.ever_ran else {RUNNING}, 'stopped')
+        if workspace.type == TEMPORARY:
+            return self.remove(workspace.id)[0]
+        return self._set_out(workspace.id, STOPPING, self._bring_down, last_activity_at=time.time())
+
+    def restart(self, id_or_name):
+        """Stop a running workspace and start it again, with the same data, ports and container."""
+        workspace = self._reachable(id_or_name)
+        self._refuse_unless(workspace, {RUNNING}, 'restarted')
+        return self._set_out(workspace.id, CREATING, self._bring_down_and_up, last_activity_at=time.time())
+
+    def remove(self, id_or_name, *, wait=0):
+        """Delete a workspace with its container and data, whatever it does just now.
+
+        Waits up to `wait` seconds for the end; returns (record, whether it is gone). With the engine away it
+        is deleted later.
+        """
+        workspace = self._state.get(id_or_name)
+        self._claim.check()
+        job = self._jobs.get(workspace.id) if workspace.status == DELETING else None
+        if job is None:
+            workspace = self._set_status(workspace.id, DELETING, flush=False)
+            job = self._begin(workspace.id, self._tear_down)
+            self._state.flush()
+        job.join(wait)
+        with contextlib.suppress(WorkspaceNotFound):
+            return self._state.get(workspace.id), False
+        return workspace, True
+
+    def change(self, id_or_name, body):
+        """Apply a checked body of PATCH /api/workspaces/:id and return the record."""
+        workspace = self._state.get(id_or_name)
+        if 'name' in body and body['name'] != workspace.name:
+            self._rename(workspace, body['name'])
+        now = time.time()
+        changes = {'last_activity_at': now}
+        if 'ttl' in body:
+            changes |= {'ttl': body['ttl'], 'ttl_from': now}
+        if 'labels' in body:
+            labels = {key: value for key, value in (workspace.labels | body['labels']).items()
+                      if value is not None}
+            if len(labels) > MAX_LABELS:
+                raise refusal('labels',
+                              f'a workspace has at most {MAX_LABELS} labels, and this would make '
+                              f'{len(labels)}; '
+                                        'null removes one')
+            changes['labels'] = labels
+        try:
+            return self._state.update(workspace.id, **changes)
+        except Superseded:
+            raise WorkspaceNotFound('Workspace not found') from None
+
+    # What keeps up with the engine uses these
+
+    def has_job(self, workspace_id):
+        """Return whether a job is at work on a workspace."""
+        return workspace_id in self._jobs
+
+    def join_job(self, workspace_id):
+        """Wait for the end of the job that is at work on a workspace, if any."""
+        job = self._jobs.get(workspace_id)
+        if job is not None:
+            job.join()
+
+    def go_on(self, workspace):
+        """Begin the job that the status of a record asks for; return False for a settled one, which needs
+        none."""
+        steps = {CREATING: self._bring_up, STOPPING: self._bring_down,
+                 DELETING: self._tear_down}.get(workspace.status)
+        if steps is not None:
+            log.info('Going on with workspace %s, which is %s.', workspace.id, workspace.status)
+            self._begin(workspace.id, steps)
+        return steps is not None
+
+    def has_started(self, workspace):
+        """Take note that somebody else has started the container of a settled workspace."""
+        self._set_out(workspace.id, CREATING, self._bring_up)
+
+    def has_ended(self, workspace, status, reason):
+        """Take note that the container of a settled workspace is not up any more, and why."""
+        self._probes.unmeter(workspace.id)
+        self._set_status(workspace.id, status, when=SETTLED, error=reason)
+        if reason:
+            self._events.publish('error', workspace.id, {'code': DockerError.code, 'message': reason})
+
+    def expire(self, now):
+        """Delete the workspaces whose time has come."""
+        for workspace_id in self._state.expire(now):
+            log.info('Workspace %s has expired.', workspace_id)
+            self._announce(self._state.get(workspace_id))
+            self._begin(workspace_id, self._tear_down)
+
+    def close(self):
+        """End all jobs; whoever follows the engine next goes on from there."""
+        gevent.killall(list(self._jobs.values()), timeout=10)
+
+    # Jobs
+
+    def _reachable(self, id_or_name):
+        """Return the record once the engine has answered: so no other call comes between looking at it and
+        changing it."""
+        self._state.get(id_or_name)
+        self._claim.check()
+        self._engine.ping()
+        return self._state.get(id_or_name)
+
+    def _set_out(self, workspace_id, status, steps, **changes):
+        """Change the status and begin its job with nothing in between: a record without a job passes for one
+        left half-done."""
+        workspace = self._set_status(workspace_id, status, flush=False, error='', **changes)
+        self._begin(workspace_id, steps)
+        self._state.flush()
+        return workspace
+
+    def _begin(self, workspace_id, steps):
+        """Run `steps(id, cancelled)` after the job that is still at work on the workspace, which is told to
+        give up."""
+        before = self._jobs.get(workspace_id)
+        if workspace_id in self._cancelled:
+            self._cancelled[workspace_id].set()
+        cancelled = self._cancelled[workspace_id] = gevent.event.Event()
+        job = self._jobs[workspace_id] = gevent.spawn(self._job, workspace_id, steps, before, cancelled)
+        return job
+
+    def _job(self, workspace_id, steps, before, cancelled):
+        if before is not None:
+            before.join()
+        try:
+            while not self._state.try_flush():  # nothing is done that a crash could make forget
+                if cancelled.wait(1):
+                    return
+            if not cancelled.is_set():
+                steps(workspace_id, cancelled)
+        except Superseded:
+            log.debug('A job on %s was overtaken.', workspace_id)
+        except BackendError as error:
+            if isinstance(error, EngineUnavailable) or (isinstance(error, DockerError)
+                                                        and self._engine.is_leaving()):
+                # The status stays as it is; once the engine is back, the keeper goes on from there.
+                log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
+            else:
+                self._fail(workspace_id, str(error), error.code, cancelled)
+        except Exception:
+            log.exception('A job on workspace %s failed.', workspace_id)
+            self._fail(workspace_id, 'Internal error; the log of the server has the traceback.',
+                       BackendError.code, cancelled)
+        finally:
+            if self._jobs.get(workspace_id) is gevent.getcurrent():
+                del self._jobs[workspace_id]
+                self._cancelled.pop(workspace_id, None)
+
+    def _bring_up(self, workspace_id, cancelled):
+        """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try
+        ended."""
+        self._still(workspace_id, CREATING, cancelled)
+        container_id = self._started_container(workspace_id, cancelled)
+        workspace = self._state.update(workspace_id, when={CREATING}, flush=False, container_id=container_id)
+        self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
+        self._wait_until_ready(workspace_id, container_id, cancelled)
+        if workspace.type == PERSISTENT:
+            # Only now: until then a crash is an answer, not something to repeat.
+            self._engine.keep_running(container_id)
+        self._credentials.pop(workspace_id, None)
+        self._set_status(workspace_id, RUNNING, when={CREATING}, ever_ran=True, has_credentials=False,
+                         error='',
+                         last_activity_at=time.time())
+
+    def _started_container(self, workspace_id, cancelled):
+        """Return the id of the workspace's container, started, and made if there is none."""
+        container = self._engine.find(workspace_id)
+        if container is not None and container.started:
+            self._engine.start(container.id, self._make_network())
+            return container.id
+        if container is not None:
+            self._engine.remove_container(container.id)  # a crash may have come before its files were in it
+        workspace = self._still(workspace_id, CREATING, cancelled)
+        image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
+                                      cancelled)
+        return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled)
+
+    def _make_container(self, workspace, image, cancelled):
+        """Create the volume and a started container, on other ports if those reserved turn out to be
+        taken."""
+        if workspace.has_credentials and workspace.id not in self._credentials:
+            raise BackendError('The server ended before the clone began, and it does not keep credentials. '
+                               'Delete the workspace and create it again.')
+        if workspace.ever_ran and not self._engine.has_volume(workspace.id):
+            raise DockerError('The volume was removed outside Agent Backend and the files are lost. Delete '
+                              'the workspace.')
+        self._engine.create_volume(self._engine.volume_of(workspace.id), self.recipe.labels(workspace))
+        avoid, network = set(), self._make_network()
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            container_id = self._engine.create_container(**self.recipe.container(workspace, image, network))
+            self._engine.put_files(container_id, self.recipe.files(workspace,
+                                                                   self._credentials.get(workspace.id)))
+            now = self._still(workspace.id, CREATING, cancelled)
+            if now.name != workspace.name:  # by a PATCH that found no container yet
+                self._engine.rename(container_id, self.recipe.name(now.name))
+                workspace = now
+            try:
+                self._engine.start(container_id, network)
+                return container_id
+            except PortTaken as error:
+                log.info('Workspace %s: %s', workspace.id, error)
+                self._engine.remove_container(container_id)
+                if attempt == PORT_ATTEMPTS:
+                    raise
+                avoid |= {error.port} if error.port else set(workspace.ports.values())
+                avoid |= self._engine.taken()[1]
+                workspace = self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
+
+    def _make_network(self):
+        if self._config.workspace_network:
+            return self._config.workspace_network
+        with self._network:
+            return self._engine.create_network(isolated=True)
+
+    def _wait_until_ready(self, workspace_id, container_id, cancelled):
+        """Wait until what the user will use answers; raise DockerError when the container ends first, or
+        never answers."""
+        deadline = time.monotonic() + self._config.ready_timeout
+        while True:
+            workspace = self._still(workspace_id, CREATING, cancelled)
+            container = self._engine.inspect(container_id)
+            if container is None:
+                raise DockerError('The container was removed outside Agent Backend while it started.')
+            if container.state not in ('running', 'paused'):
+                raise DockerError(self._probes.why_it_ended(container))
+            if self._probes.is_ready(workspace, container_id):
+                return
+            if time.monotonic() > deadline:
+                raise DockerError('The workspace did not answer within '
+                                  f'READY_TIMEOUT={self._config.ready_timeout} s. '
+                                  f'It printed last: {self._probes.last_words(container)}')
+            cancelled.wait(READY_PAUSE)
+
+    def _bring_down(self, workspace_id, cancelled):
+        """Stop the container and keep everything."""
+        self._still(workspace_id, STOPPING, cancelled)
+        self._stop_container(workspace_id)
+        self._probes.unmeter(workspace_id)
+        self._set_status(workspace_id, STOPPED, when={STOPPING}, error='')
+
+    def _bring_down_and_up(self, workspace_id, cancelled):
+        self._still(workspace_id, CREATING, cancelled)
+        self._stop_container(workspace_id)
+        self._bring_up(workspace_id, cancelled)
+
+    def _stop_container(self, workspace_id):
+        container = self._engine.find(workspace_id)
+        if container is not None:
+            self._engine.stop(container.id, self._config.stop_timeout)
+
+    def _tear_down(self, workspace_id, cancelled):
+        """Remove everything of a workspace from the engine, and then its record: so a crash in between loses
+        no trace of it."""
+        self._still(workspace_id, DELETING, cancelled)
+        self._probes.unmeter(workspace_id)
+        self._engine.remove(workspace_id)
+        self._forget(workspace_id)
+
+    def _forget(self, workspace_id):
+        self._credentials.pop(workspace_id, None)
+        self._state.remove(workspace_id)
+        self._events.publish('status', workspace_id, DELETED)
+        self._events.forget(workspace_id)
+        with self._network, contextlib.suppress(DockerError):
+            if not self._state.all() and not self._config.workspace_network:
+                self._engine.remove_network()
+
+    def _fail(self, workspace_id, text, code, cancelled):
+        """Set status `error` with the reason, unless the job was superseded.
+
+        A workspace that never ran is removed from the engine; one that did keeps its data.
+        """
+        with contextlib.suppress(WorkspaceNotFound, Superseded):
+            workspace = self._state.get(workspace_id)
+            log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text)
+            self._probes.unmeter(workspace_id)
+            changes = {'error': text}
+            if workspace.status == CREATING and not workspace.ever_ran:
+                with contextlib.suppress(DockerError):  # if it stays, the keeper removes it
+                    self._engine.remove(workspace_id)
+                self._credentials.pop(workspace_id, None)
+                changes |= {'ports': {}, 'container_id': ''}
+            if cancelled.is_set():
+                raise Superseded(workspace_id)
+            self._set_status(workspace_id, ERROR, when={workspace.status}, **changes)
+            self._events.publish('error', workspace_id, {'code': code, 'message': text})
+
+    def _still(self, workspace_id, status, cancelled):
+        """Return the record if the job still has its purpose; else raise Superseded."""
+        if cancelled.is_set():
+            raise Superseded(workspace_id)
+        return self._state.update(workspace_id, when={status}, flush=False)
+
+    # Records
+
+    def _draft(self, body, template, url, has_credentials):
+        """Return the record of a body that asks for a workspace; its id and ports are given later."""
+        now, kind = time.time(), body.get('type', PERSISTENT)
+        return Workspace(
+            id='', name=body['name'], folder=body['name'], type=kind, template=template, created_at=now,
+            git_url=url,
+            git_branch=body.get('gitBranch', ''), has_credentials=has_credentials,
+            wanted_ports=body.get('ports', []),
+            ssh=body.get('ssh', True), ssh_public_keys=body.get('sshPublicKeys', []), env=body.get('env', {}),
+            cpus=body.get('cpus') or 0, memory=body.get('memory') or self._config.workspace_memory,
+            labels=body.get('labels', {}), ttl=body.get('ttl',
+                                                        self._config.agent_ttl if kind == AGENT else None),
+            ttl_from=now, last_activity_at=now, password=secrets.token_urlsafe(12))
+
+    def _set_status(self, workspace_id, status, *, when=None, flush=True, **changes):
+        try:
+            workspace = self._state.update(workspace_id, when=when, flush=False, status=status, **changes)
+        except Superseded:
+            if when is None:
+                raise WorkspaceNotFound('Workspace not found') from None
+            raise
+        if flush:
+            # A disk that refuses is no reason to end a job; who waits for an answer is told.
+            self._state.try_flush()
+        self._announce(workspace)
+        return workspace
+
+    def _announce(self, workspace):
+        log.info('Workspace %s (%s) is %s.', workspace.id, workspace.name, workspace.status)
+        data = {'status': workspace.status, 'name': workspace.name}
+        self._events.publish('status', workspace.id,
+                             data | ({'error': workspace.error} if workspace.error else {}))
+
+    def _build_output(self, workspace_id, line):
+        self._events.publish('log', workspace_id, {'stream': 'build', 'message': line})
+
+    @staticmethod
+    def _refuse_unless(workspace, statuses, done):
+        if workspace.status not in statuses:
+            raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status} and cannot be '
+                                      f'{done} now; '
+                                      f"it can be when it is {' or '.join(sorted(statuses))}.")
+
+    def _rename(self, workspace, name):
+        self._state.rename(workspace.id, name, taken_names=self.recipe.names_of(self._engine.taken()[0]))
+        try:
+            container = self._engine.find(workspace.id)
+            if container is not None:
+                self._engine.rename(container.id, self.recipe.name(name))
+        except DockerError as error:
+            self._state.rename(workspace.id, workspace.name)
+            if isinstance(error, ConflictOnEngine):
+                raise WorkspaceAlreadyExists(str(error)) from error
+            raise
