@@ -368,7 +368,7 @@ def test_sse_is_as_a_browser_wants_it(server, printer):
         assert stream.status == 200 and stream.headers['content-type'] == 'text/event-stream; charset=utf-8'
         assert stream.headers['cache-control'] == 'no-cache' and stream.headers['x-accel-buffering'] == 'no'
         lines = stream.lines()
-        assert next(lines).startswith(b':') and next(lines) == b'retry: 2000' and next(lines) == b''
+        assert next(lines) == b': events' and next(lines) == b'' and next(lines) == b'retry: 2000'
         for _ in range(100):
             assert next(lines).startswith(b'id: ') and next(lines).startswith(b'data: {')
             assert next(lines) == b''
@@ -393,7 +393,7 @@ def test_a_session_may_be_followed_before_it_exists(server):
     with Sse(server, '/agent/sse/session-yet-to-come') as stream:
         assert stream.status == 200 and stream.headers['content-type'].startswith('text/event-stream')
         lines = stream.lines()
-        assert next(lines).startswith(b':') and next(lines).startswith(b'retry: ')
+        assert next(lines) == b': events' and next(lines) == b''
         with pytest.raises(TimeoutError):
             stream.socket.settimeout(0.5)
             next(line for line in lines if line)
