@@ -10,7 +10,8 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     gate         what comes before the routes: who may call, from where, and with how large a body
     keeper       what keeps records, engine and clock in step: follow, adopt, compare, sweep
     workspaces   the life of workspaces: create, start, stop, restart, change, remove
-    recipe       what a workspace's container is made of
+    recipe       what a workspace's container is made of: its files, environment, limits and mounts
+    drafts       bodies of the API as records of workspaces, and the names of the secrets in them
     probes       readiness, last words and usage of workspaces
     claim        the claim of one server to an instance on an engine
     logs         what containers print, followed once for all who read it
@@ -29,10 +30,14 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     wire         WebSockets with real close codes and limits, and pywsgi with the time limits that it lacks
     agents       each agent's command line, environment and translator
     translators  what agents print, made into events
+    sshkeys      keys of OpenSSH as people paste them
     giturls      addresses of repositories, and the secrets in them
     dockerlog    the format of the engine's logs
     timing       turns among greenlets, time limits, and how times are read and written
     errors       what can go wrong, each with its HTTP status and code
+
+What a body may hold (fields, limits, texts) stands in `schemas/`, what runs inside a workspace in
+`templates/base/`, the version in `_agentbackend/__init__.py`.
 
 Routes      the table of routes and their handlers
 Server      the composition, the WSGI server, the command line
@@ -40,6 +45,7 @@ Server      the composition, the WSGI server, the command line
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before others are imported
 
 import collections
+import contextlib
 import fcntl
 import io
 import itertools
@@ -64,7 +70,7 @@ import gevent.pool
 from _agentbackend import VERSION
 from _agentbackend.claim import Claim
 from _agentbackend.clients import SSE_HEADERS, Streams, WebSocketClient, counted, sse_stream, text_stream
-from _agentbackend.config import Config
+from _agentbackend.config import Config, parse_size
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import (
@@ -86,17 +92,19 @@ from _agentbackend.errors import (
     WorkspaceNotFound,
     WorkspaceNotRunning,
     internal_error,
+    quoted,
+    refusal,
 )
 from _agentbackend.events import Events
 from _agentbackend.feeds import DEFAULT_TAIL, replay_once, session_events, workspace_events
-from _agentbackend.gate import TICKET_LIFE, Gate, Tickets
+from _agentbackend.gate import TICKET_LIFE, Gate, Tickets, split_host
 from _agentbackend.images import BASE, Templates
 from _agentbackend.keeper import Keeper
 from _agentbackend.logs import Logs
-from _agentbackend.pages import EVENT_STREAM, HTML_PAGE, PLAIN_TEXT, Pages, openapi_document
+from _agentbackend.pages import EVENT_STREAM, JSON_TYPE, PLAIN_TEXT, Pages, openapi_document
 from _agentbackend.positions import BEGINNING, LAST_LINE, Cursor, LogPosition, place_of
 from _agentbackend.probes import Probes
-from _agentbackend.records import STATUSES
+from _agentbackend.records import RUNNING, STATUSES
 from _agentbackend.schemas import Schemas, parse_json
 from _agentbackend.state import State
 from _agentbackend.tasks import Tasks
@@ -107,6 +115,7 @@ from _agentbackend.views import (
     view_image,
     view_session,
     view_session_details,
+    view_usage,
     view_workspace,
     view_workspace_details,
 )
@@ -131,7 +140,7 @@ class Call:
     shown if one is needed.
 
     `last_event_id` is where a stream is to go on, `watch_disconnect(callback)` watches for the client to
-    leave, `websocket` is the connection of a WebSocket client.
+    leave, `websocket` is the connection of a WebSocket client, `host` the name by which it calls us.
     """
 
     path: dict
@@ -143,6 +152,7 @@ class Call:
     websocket: object = None
     accept: str = ''
     if_none_match: str = ''
+    host: str = ''
 
 
 @dataclass(frozen=True)
@@ -160,9 +170,9 @@ class Route:
     """One line of the API. `body` and `query` name schemas; an `open` route needs no token; a `bare` one
     answers without the envelope.
 
-    The rest is for the OpenAPI document: under which `tag` it stands; its `answers`, from status to the
-    schema of the data, to a media type, or to None; and the `errors` and `headers` that it has beside those
-    of all routes.
+    The rest is for the OpenAPI document: under which `tag` it stands, if it does; its `answers`, from status
+    to the schema of the data, to a media type, or to None; and the `errors` and `headers` that it has beside
+    those of all routes.
     """
 
     method: str
@@ -208,12 +218,12 @@ def create_workspace(backend, call):
 
 def get_workspace(backend, call):
     """Get a workspace by its id or name."""
-    return show_workspace(backend, backend.state.get(call.path['id']))
+    return show_workspace(backend, call, backend.state.get(call.path['id']))
 
 
 def update_workspace(backend, call):
-    """Change the name, the ttl or labels of a workspace."""
-    return show_workspace(backend, backend.workspaces.change(call.path['id'], call.body))
+    """Change a workspace. Ports change at its next start, as `pending` says; all else at once."""
+    return show_workspace(backend, call, backend.workspaces.change(call.path['id'], call.body))
 
 
 def delete_workspace(backend, call):
@@ -228,6 +238,11 @@ def start_workspace(backend, call):
     return Reply(view_workspace(backend.workspaces.start(call.path['id'])), 202)
 
 
+def retry_workspace(backend, call):
+    """Try again to make a workspace whose first start failed. It may come from another repository now."""
+    return Reply(view_workspace(backend.workspaces.retry(call.path['id'], call.body)), 202)
+
+
 def stop_workspace(backend, call):
     """Stop a workspace. A temporary one is deleted by that."""
     return Reply(view_workspace(backend.workspaces.stop(call.path['id'])), 202)
@@ -239,8 +254,8 @@ def restart_workspace(backend, call):
 
 
 def follow_workspace(backend, call):
-    """Stream the events of a workspace: its status at once, the last lines of its log, and then what comes,
-    as SSE."""
+    """Stream the events of a workspace as SSE: its status at once, the last lines of its log, and then what
+    comes."""
     workspace = backend.state.get(call.path['id'])
     backend.streams.admit()
     batches = workspace_events(backend, workspace.id, cursor=call_cursor(call),
@@ -269,13 +284,12 @@ def read_log(backend, call):
         batches = (list(backend.events.log_events(workspace.id, batch, position or LogPosition(), str))
                    for batch in itertools.chain([first], lines))
         batches = counted(backend.streams, batches)
-    return Reply(stream=text_stream(batches), headers={**SSE_HEADERS,
-                                                       'Content-Type': 'text/plain; charset=utf-8'})
+    headers = {**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'}
+    return Reply(stream=text_stream(batches), headers=headers)
 
 
 def execute_task(backend, call):
-    """Give an agent a task, and stream what it does as SSE to its end. The task goes on when the stream is
-    left.
+    """Give an agent a task. What it does is streamed as SSE to its end, and goes on when the stream is left.
 
     With `Accept: application/json` it answers 202 with the ids at once.
     """
@@ -319,8 +333,8 @@ def get_session(backend, call):
 
 
 def get_transcript(backend, call):
-    """Get the events of a session as JSON, `limit` at a time; `next` is what `after` must be for the ones
-    that follow."""
+    """Get the events of a session: `limit` at a time; `next` is what `after` must be for the ones that
+    follow."""
     session = backend.state.session(call.path['id'])
     after = place_of(call.query['after']) if call.query.get('after') else BEGINNING
     limit, found = call.query.get('limit', 1000), []
@@ -360,9 +374,15 @@ def open_websocket(backend, call):
 
 
 def issue_ticket(backend, call):
-    """Get a ticket that opens one stream, for a browser's EventSource, which can send no token: add it as
-    `?ticket=`."""
+    """Get a ticket that opens one stream. It is for a browser's EventSource, which can send no token: add it
+    as `?ticket=`."""
     return Reply({'ticket': backend.tickets.issue(), 'expiresIn': TICKET_LIFE}, 201)
+
+
+def get_usage(backend, call):
+    """Get what all running workspaces use, by their ids."""
+    return Reply({item.id: view_usage(item, backend.probes.usage(item.id)) for item in backend.state.all()
+                  if item.status == RUNNING})
 
 
 def list_templates(backend, call):
@@ -371,6 +391,13 @@ def list_templates(backend, call):
     return Reply([{'name': name, 'description': templates.describe(name), 'holds': templates.holds(name),
                    'default': name == default} | view_image(templates.state(name))
                    for name in templates.names()])
+
+
+def read_build_log(backend, call):
+    """Get the log of the last build of an image. It has at most a thousand lines."""
+    lines = backend.templates.log(call.path['name'])
+    return Reply(stream=[f'{line}\n'.encode('utf-8', 'replace') for line in lines],
+                 headers={'Content-Type': 'text/plain; charset=utf-8', 'Cache-Control': 'no-store'})
 
 
 def get_health(backend, call):
@@ -383,6 +410,8 @@ def get_health(backend, call):
         statuses = collections.Counter(item.status for item in backend.state.all())
         shown['templates'] = {name: view_image(backend.templates.state(name))
                               for name in [BASE, *backend.templates.names()]}
+        shown['agents'] = {name: {'ready': not why, **({'reason': why} if why else {})}
+                           for name, why in backend.tasks.agents().items()}
         shown['workspaces'] = {'total': sum(statuses.values()),
                                **{status: statuses[status] for status in STATUSES}}
         shown['problems'] = [*backend.keeper.problems.values(),
@@ -399,8 +428,8 @@ def show_dashboard(backend, call):
 
 
 def show_reference(backend, call):
-    """Show this document as pages to read and to try."""
-    return show_page(backend, call, 'openapi.html')
+    """Show the API as pages to read and to try, or as a plain list."""
+    return show_page(backend, call, 'openapi-plain.html' if call.query.get('plain') else 'openapi.html')
 
 
 def show_document(backend, call):
@@ -435,13 +464,14 @@ def parse_since(text):
     try:
         return int(datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp() * 1e9)
     except ValueError as error:
-        raise ValidationError(f'since: {text[:80]!r} is neither a time as 2026-01-31T12:00:00Z nor a number '
-                              'of seconds') from error
+        raise refusal('since', f'is {quoted(text)}, but has to be a time, such as 2026-01-31T12:00:00Z, or a '
+                               'number of seconds') from error
 
 
-def show_workspace(backend, workspace):
+def show_workspace(backend, call, workspace):
     """Return the reply that shows all of a workspace."""
-    return Reply(view_workspace_details(workspace, backend.probes.usage(workspace.id), backend.config))
+    return Reply(view_workspace_details(workspace, backend.probes.usage(workspace.id), backend.config,
+                                        call.host))
 
 
 def show_session(backend, session, status=200):
@@ -454,13 +484,14 @@ CHANGE = {'tag': 'Workspaces', 'answers': {202: 'workspace'},
           'errors': (WorkspaceNotFound, WorkspaceNotRunning, *ENGINE_TROUBLE)}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
 TASK_ERRORS = (WorkspaceNotFound, WorkspaceNotRunning, SessionBusy, TooMany, *ENGINE_TROUBLE)
-PAGE = {'tag': 'Pages', 'open': True, 'bare': True, 'headers': ('ETag',)}
+PAGE = {'open': True, 'bare': True, 'headers': ('ETag',)}
 ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
           answers={200: 'workspace-list'}),
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', tag='Workspaces',
           answers={201: 'workspace'}, headers=('Location',),
           errors=(WorkspaceAlreadyExists, PortExhausted, *ENGINE_TROUBLE)),
+    Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
     Route('GET', '/api/workspaces/<id>', get_workspace, tag='Workspaces', answers={200: 'workspace-details'},
           errors=(WorkspaceNotFound,)),
     Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update', tag='Workspaces',
@@ -470,6 +501,9 @@ ROUTES = (
           answers={200: 'workspace-deleted', 202: 'workspace-deleted'},
           errors=(WorkspaceNotFound, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
+    Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry', tag='Workspaces',
+          answers={202: 'workspace'},
+          errors=(WorkspaceNotFound, WorkspaceNotRunning, PortExhausted, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces',
@@ -499,11 +533,13 @@ ROUTES = (
           errors=(UpgradeRequired,)),
     Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
     Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
+    Route('GET', '/api/templates/<name>/log', read_build_log, tag='Server', answers={200: PLAIN_TEXT},
+          errors=(NotFound,)),
     Route('GET', '/health', get_health, open=True, bare=True, tag='Server', answers={200: 'health'}),
-    Route('GET', '/', show_dashboard, answers={200: HTML_PAGE}, **PAGE),
-    Route('GET', '/openapi', show_reference, answers={200: HTML_PAGE}, **PAGE),
-    Route('GET', '/openapi.json', show_document, answers={200: 'application/json'}, **PAGE),
-    Route('GET', '/static/<name>', show_file, answers={200: '*/*'}, errors=(NotFound,), **PAGE),
+    Route('GET', '/openapi.json', show_document, tag='Server', answers={200: JSON_TYPE}, **PAGE),
+    Route('GET', '/', show_dashboard, **PAGE),
+    Route('GET', '/openapi', show_reference, query='openapi-query', **PAGE),
+    Route('GET', '/static/<name>', show_file, **PAGE),
 )
 
 
@@ -530,8 +566,8 @@ class Application(bottle.Bottle):
         if error.status_code == 405:
             *others, last = error.headers['Allow'].split(',')
             allowed = f"{', '.join(others)} and {last}" if others else last
-            return self._json(MethodNotAllowed(f'{bottle.request.path[:200]} takes {allowed}, not '
-                                               f'{bottle.request.method}.'))
+            path, method = bottle.request.path[:200], bottle.request.method
+            return self._json(MethodNotAllowed(f'{path} takes {allowed}, not {method}.'))
         return self._json(internal_error(error.exception) if error.status_code >= 500
                           else ValidationError(str(error.body)))
 
@@ -562,10 +598,12 @@ def endpoint(backend, route):
         try:
             query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
             body = read_body(backend.schemas, route.body, environ) if route.body else None
-            reply = route.handler(backend, Call(path, query, body, environ.get('agentbackend.trusted', True),
-                                                environ.get('HTTP_LAST_EVENT_ID'),
-                                                watcher_of(environ), accept=environ.get('HTTP_ACCEPT', ''),
-                                                if_none_match=environ.get('HTTP_IF_NONE_MATCH', '')))
+            call = Call(path, query, body, environ.get('agentbackend.trusted', True),
+                        environ.get('HTTP_LAST_EVENT_ID'), watcher_of(environ),
+                        accept=environ.get('HTTP_ACCEPT', ''),
+                        if_none_match=environ.get('HTTP_IF_NONE_MATCH', ''),
+                        host=split_host(environ.get('HTTP_HOST', '')) or '')
+            reply = route.handler(backend, call)
             if reply.stream is not None:
                 environ['agentbackend.streams'] = True
                 return bottle.HTTPResponse(Streamed(reply.stream), reply.status, reply.headers)
@@ -614,13 +652,19 @@ def read_query(schemas, name, text):
 
 
 def read_body(schemas, name, environ):
-    """Return the JSON body, checked; raise ValidationError, or UnsupportedMediaType when it says that it is
-    something else."""
+    """Return the JSON body, checked, with sizes in bytes; raise ValidationError, or UnsupportedMediaType when
+    it says that it is something else."""
     media_type = environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
     if media_type != 'application/json' and not media_type.endswith('+json'):
-        raise UnsupportedMediaType("The body must be JSON and say so: send 'Content-Type: application/json' "
-                                   f"instead of {media_type[:80]!r}.")
+        raise UnsupportedMediaType(f"The Content-Type is {quoted(media_type) if media_type else 'missing'}, "
+                                   'but has to be application/json.')
     value = parse_json(environ['wsgi.input'].read())
+    for key, schema in schemas.properties(name) if isinstance(value, dict) else ():
+        if schema.get('x-trim') and isinstance(value.get(key), str):
+            value[key] = value[key].strip()
+        if schema.get('format') == 'bytes' and isinstance(value.get(key), str):
+            with contextlib.suppress(ValueError):  # what is no size the schema refuses, too
+                value[key] = parse_size(value[key])
     schemas.check(name, value)
     return value
 
@@ -788,9 +832,18 @@ class Server:
                               f'{error.strerror}.') from error
 
 
+def address_of(config, port):
+    """Return where a browser on this machine finds the server."""
+    host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(config.host, config.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def serve(config):
     """Run a server until it is told to stop."""
-    server = Server(make_backend(config)).open()
+    backend = make_backend(config)
+    server = Server(backend)
+    backend.keeper.on_ready.append(lambda: log.info('Ready. Open %s/', address_of(config, server.port)))
+    server.open()
     log.info('Agent Backend %s serves http://%s:%d', VERSION,
              f'[{config.host}]' if ':' in config.host else config.host, server.port)
     try:

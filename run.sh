@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The single door:
 #   ./run.sh                     serve, on http://127.0.0.1:3100 unless the settings say otherwise
-#   ./run.sh test [pytest args]  run the tests, on a real Docker engine
+#   ./run.sh test [pytest args]  run the tests, on a real Docker engine; -m "not engine" are those that need none
 #   ./run.sh bench               measure, and print tables
 #   ./run.sh lint                look over the code
+# Settings are environment variables; README.md lists them.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -55,6 +56,38 @@ make_venv() {
     echo "$wanted" >.venv/stamp
 }
 
+# A taken port is told before anything is made. What else may be wrong with HOST and PORT the server says.
+see_to_port() {
+    local host=${HOST:-127.0.0.1} port=${PORT:-3100}
+    python3 - "$host" "$port" <<'PY' && return
+import errno, socket, sys
+try:
+    family, *_, address = socket.getaddrinfo(*sys.argv[1:], type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+except OSError as error:
+    sys.exit(error.errno == errno.EADDRINUSE)
+PY
+    say "PORT=$port: another program listens there on HOST=$host. Stop it, or start with another PORT"
+    exit 2
+}
+
+# Say what would change it if the engine is there, but not for this user; else return 1.
+is_refused() {
+    local socket=${DOCKER_HOST:-/var/run/docker.sock} group user
+    socket=${socket#unix://}
+    { [ -S "$socket" ] && ! [ -w "$socket" ]; } || return
+    group=$(stat -c %G "$socket")
+    user=$(id -un 2>/dev/null || id -u)
+    if [ "$group" = root ]; then
+        say "Docker is there, but only root may use $socket, and this is $user"
+    else
+        say "Docker is there, but $user is not in the group $group, whose members may use $socket. As root:"
+        say "    usermod -aG $group $user    # then log in again"
+    fi
+}
+
 engine_answers() {
     .venv/bin/python - 2>/dev/null <<'PY'
 import os, docker
@@ -94,6 +127,7 @@ start_engine() {
 
 see_to_engine() {
     engine_answers && return
+    is_refused && return 1
     if [ -n "${DOCKER_HOST:-}" ]; then
         say "no Docker engine answers at DOCKER_HOST=$DOCKER_HOST; start it there"
         return 1
@@ -121,6 +155,8 @@ see_to_base_image() {
 }
 
 serve() {
+    need python3=python3
+    see_to_port
     make_venv
     # What is missing comes while the server is there already; it waits for the image.
     if engine_answers; then
@@ -128,17 +164,30 @@ serve() {
     else
         say "no Docker engine answers yet; the server starts, and sees it when it is there"
     fi
-    { see_to_engine && see_to_base_image || true; } &
+    { see_to_engine && see_to_base_image; } &
     BASE_IMAGE_TIMEOUT=${BASE_IMAGE_TIMEOUT:-600} exec .venv/bin/agentbackend
 }
 
 run_tests() {
     make_venv
-    see_to_engine
-    see_to_base_image
+    # Those that need no engine are chosen with -m "not engine", and run on a machine that has none.
+    case " $* " in
+        *' not engine '*) ;;
+        *) see_to_engine; see_to_base_image ;;
+    esac
     need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
         nginx=nginx-light caddy=caddy faketime=faketime rsync=rsync
-    .venv/bin/python -m pytest "$@"
+    [ $# = 0 ] || exec .venv/bin/python -m pytest "$@"
+    # Most tests wait for the engine, so two runs share the files.
+    local share other status=0
+    share=$(mktemp -d)
+    .venv/bin/python -m pytest --share="$share" >"$share/output" 2>&1 &
+    other=$!
+    .venv/bin/python -m pytest --share="$share" || status=$?
+    wait "$other" || status=$?
+    cat "$share/output"
+    rm -r "$share"
+    return "$status"
 }
 
 run_benches() {
@@ -167,5 +216,6 @@ case "${1:-serve}" in
     test) shift; run_tests "$@" ;;
     bench) run_benches ;;
     lint) lint ;;
-    *) say "unknown: $1; it takes nothing (serve), test, bench or lint"; exit 2 ;;
+    help | -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" ;;
+    *) say "unknown: $1; it takes nothing (serve), test, bench, lint or --help"; exit 2 ;;
 esac

@@ -1,5 +1,6 @@
-"""Agents as adapters: each knows its command line, its environment, and how its lines are read."""
-from _agentbackend.translators import ClaudeLines, CommandLines
+"""Agents as adapters: each knows its command line, its environment, how its lines are read, and what it lacks
+on this server, in words."""
+from _agentbackend.translators import CLAUDE_HAS_NO_KEY, ClaudeLines, CommandLines
 
 
 class Claude:
@@ -12,6 +13,9 @@ class Claude:
     env = {'CLAUDE_CODE_ENABLE_TODO_TOOLS': '1', 'CLAUDE_CODE_ENABLE_TASKS': '0',
            'CLAUDE_CODE_MAX_RETRIES': '4',
            'CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC': '1', 'DISABLE_AUTOUPDATER': '1'}
+
+    def __init__(self, has_key):
+        self.lacks = '' if has_key else CLAUDE_HAS_NO_KEY
 
     def command(self, session, body):
         """Return the command line of a task: the first of a session, or one that goes on with it."""
@@ -29,6 +33,7 @@ class Command:
     name = 'command'
     lines = CommandLines
     env = {}
+    lacks = ''
 
     def __init__(self, words):
         self._words = words
@@ -41,6 +46,7 @@ class Command:
 
 def configured_agents(config):
     """Return the agents that the settings allow, by their names."""
-    return {agent.name: agent for agent in (Claude(),
-                                            *([Command(config.agent_command)] if config.agent_command
-                                              else []))}
+    agents = [Claude(bool(config.agent_keys().keys() - {'ANTHROPIC_BASE_URL'}))]
+    if config.agent_command:
+        agents.append(Command(config.agent_command))
+    return {agent.name: agent for agent in agents}

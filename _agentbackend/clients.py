@@ -9,7 +9,7 @@ import gevent.event
 from _agentbackend.errors import BackendError, TooMany, Unauthorized, WorkspaceNotFound, internal_error
 from _agentbackend.events import EVERYTHING, Event, Subscription
 from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, CatchUp, dropped_event, is_end, status_event
-from _agentbackend.gate import same_secret
+from _agentbackend.gate import WRONG_TOKEN, same_secret
 from _agentbackend.positions import Cursor
 from _agentbackend.schemas import parse_json
 from _agentbackend.timing import Turn
@@ -114,7 +114,10 @@ def sse_stream(batches):
 def text_stream(batches):
     """Yield the lines of a log as plain text."""
     for batch in batches:
-        text = ''.join(f"{event.data['message']}\n" for event in batch if event.type == 'log')
+        text = ''.join(f"workspace: {event.data['phase']}: {event.data['message']}\n"
+                       if event.type == 'progress'
+                       else f"{event.data['message']}\n" for event in batch
+                       if event.type == 'log' or 'phase' in event.data)
         if text:
             yield text.encode('utf-8', 'replace')
 
@@ -197,8 +200,8 @@ class WebSocketClient:
             if self._trusted:
                 self._backend.streams.trust(self)
         if not self._trusted:
-            raise Unauthorized('This server needs its API token: send {"type": "auth", "token": '
-                               '"<API_TOKEN>"} first.')
+            raise Unauthorized(WRONG_TOKEN if kind == 'auth' else 'This server needs its API token: send '
+                               '{"type": "auth", "token": "<API_TOKEN>"} first.')
         if kind == 'ping':
             self._say('pong', None, {})
         elif kind == 'subscribe':
@@ -220,8 +223,8 @@ class WebSocketClient:
             self._feeds[topic] = None, gevent.spawn(self._feed_everything)
         else:
             pump = self._backend.logs.watch(topic)
-            self._feeds[topic] = pump, gevent.spawn(self._feed, topic, pump, cursor,
-                                                    message.get('tail', DEFAULT_TAIL))
+            tail = message.get('tail', DEFAULT_TAIL)
+            self._feeds[topic] = pump, gevent.spawn(self._feed, topic, pump, cursor, tail)
 
     def _unsubscribe(self, topic):
         pump, greenlet = self._feeds.pop(topic, (None, None))

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from _agentbackend.errors import ConfigError
 
@@ -146,7 +147,8 @@ class Config:
     custom_ports: tuple = setting('10000-10999', parse_port_range,
                                   'Host ports for the `ports` of a workspace.')
     workspace_bind_address: str = setting('127.0.0.1', parse_address,
-                                          'Host address that published ports are bound to.')
+                                          'Host address that published ports are bound to; links name it, or '
+                                          'for `0.0.0.0` the name by which the API is called.')
     workspace_host: str = setting('', str,
                                   'Host name under which published ports are reached, when it is not the '
                                   'bind address: '
@@ -167,7 +169,9 @@ class Config:
                                    'Command line of the agent `command`: it reads the task from stdin, and '
                                    'prints events as JSON or plain text.')
     agent_timeout: float = setting('1800', parse_seconds, 'Seconds a task may take at most.')
-    agent_idle_timeout: float = setting('300', parse_seconds, 'Seconds an agent may say nothing.')
+    agent_idle_timeout: float = setting('900', parse_seconds,
+                                        'Seconds an agent may say nothing, unless a tool that it called is '
+                                        'at work.')
     agent_max_output: int = setting('64m', parse_size, 'How much an agent may print in a task.')
     keep_runs: int = setting('10000', parse_count,
                              'How many ended tasks are kept, with their transcripts; the oldest go first.')
@@ -185,6 +189,9 @@ class Config:
     templates_dir: str = setting('', str,
                                  'Folder with templates of your own; one named as a built-in takes its '
                                  'place.')
+    git_user_name: str = setting('', str.strip,
+                                 'Name in the commits of workspaces that name none. Empty is `dev`.')
+    git_user_email: str = setting('', str.strip, 'Address in those commits. Empty is `dev@localhost`.')
     prebuild: tuple = setting('bun-typescript', parse_words,
                               'Templates whose images are built as soon as the engine answers. '
                               '`none` builds each when it is first used.')
@@ -201,11 +208,12 @@ class Config:
                                   '`NODE_EXTRA_CA_CERTS` or `SSL_CERT_FILE` names.')
     ssh_authorized_keys: str = setting('', str, 'File of public keys that may log in to every workspace.')
     ready_timeout: float = setting('600', parse_seconds,
-                                   'Seconds a workspace may take, clone included, until it answers.')
+                                   'Seconds without a sign of life after which a workspace that starts is '
+                                   'given up.')
     stop_timeout: int = setting('10', parse_count,
                                 'Seconds between SIGTERM and SIGKILL when a workspace stops.')
     build_timeout: float = setting('3600', parse_seconds, 'Seconds the build of an image may take.')
-    max_body: int = setting('1m', parse_size, 'Largest body of a request.')
+    max_body: int = setting('8m', parse_size, 'Largest body of a request.')
     request_timeout: float = setting('10', parse_seconds,
                                      'Seconds a client has for the headers of a request, and again for its '
                                      'body.')
@@ -244,6 +252,11 @@ class Config:
     def secrets(self):
         """Return the values that no event, log line or file may show."""
         return [getattr(self, name) for name in SECRET_SETTINGS if getattr(self, name)]
+
+    def shared_keys(self):
+        """Return the lines of SSH_AUTHORIZED_KEYS."""
+        path = self.ssh_authorized_keys
+        return Path(path).read_text().splitlines() if path else []
 
     def agent_keys(self):
         """Return the environment that only agents are given."""

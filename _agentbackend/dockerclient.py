@@ -1,7 +1,9 @@
 """docker-py as it is used here: errors in our words, and the few calls for which we go below its surface."""
 import contextlib
-import getpass
+import grp
 import logging
+import os
+import pwd
 import re
 import tarfile
 
@@ -93,8 +95,7 @@ class DockerClient:
         while error.__context__ is not None:  # the outer ones only wrap the reason
             error = error.__context__
         if isinstance(error, PermissionError):
-            return (f'Docker is there, but user {getpass.getuser()} may not use {self.address}. '
-                    f'As root: usermod -aG docker {getpass.getuser()}, then log in again.')
+            return why_refused(self.address)
         reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
         return f'Docker does not answer at {self.address} ({reason}). Start Docker, or set DOCKER_HOST.'
 
@@ -131,6 +132,19 @@ class DockerClient:
             finally:
                 if sending is not None:
                     sending.kill()
+
+
+def why_refused(address):
+    """Return in words why this user may not use an engine that is there, and what would change that."""
+    user, group = str(os.geteuid()), ''
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    with contextlib.suppress(KeyError, OSError):
+        group = grp.getgrgid(os.stat(address.removeprefix('unix://')).st_gid).gr_name
+    if group in ('', 'root'):
+        return f'Docker is there, but user {user} may not use {address}. Start this server as one who may.'
+    return (f'Docker is there, but user {user} is not in the group {group}, whose members may use {address}. '
+            f'As root: usermod -aG {group} {user}, then log in again and start this server.')
 
 
 def send(sock, data):

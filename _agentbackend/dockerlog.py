@@ -32,6 +32,7 @@ class LogLines:
     """
 
     def __init__(self, tty):
+        self.pieces = 0  # that came, of which a long line has several
         self._tty = tty
         self._buffer = bytearray()
         self._parts = {}  # stream -> [stamp, bytes of the line so far]
@@ -58,6 +59,7 @@ class LogLines:
             size = int.from_bytes(buffer[start + 4:start + 8], 'big')
             if len(buffer) - start - 8 < size:
                 break
+            self.pieces += 1
             self._frame(buffer[start], bytes(buffer[start + 8:start + 8 + size]), lines)
             start += 8 + size
         del buffer[:start]
@@ -87,6 +89,7 @@ class LogLines:
         lines = []
         for line in complete:
             stamp, _, content = line.partition(b' ')
+            self.pieces += 1 + content.count(stamp + b' ')
             lines.append(self._line(0, stamp, content.replace(stamp + b' ', b'')))
         return lines
 

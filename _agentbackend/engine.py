@@ -2,6 +2,7 @@
 
 Knows nothing of HTTP; knows a workspace only by its id, a label on its containers and volumes.
 """
+import collections
 import contextlib
 import io
 import json
@@ -15,22 +16,26 @@ import gevent
 import gevent.lock
 
 from _agentbackend.dockerlog import LogDamaged, LogLines
-from _agentbackend.errors import DockerError, EngineUnavailable
+from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog
 from _agentbackend.timing import cooperatively, parse_time
 
 PREFIX = 'agentbackend'  # of our labels and images
 CODE_SERVER_PORT, SSH_PORT = 8443, 2222  # inside every workspace
-USER = 'dev'
+USER, USER_ID = 'dev', 1000
 # What sshd, sudo and apt need of root; the rest is dropped. No new privileges besides for agent workspaces.
 CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SYS_CHROOT',
                 'AUDIT_WRITE')
 # Events of the engine that matter here.
 CHANGES = ('start', 'die', 'oom', 'destroy', 'pause', 'unpause', 'rename')
+MIN_SHARED = 64 * 2**20  # bytes of shared memory, of which a browser needs more than the engine's own default
 INFO_TIMEOUT = 10  # seconds
 RUN_TIMEOUT = 60  # seconds that a short command may take
 REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
 MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
 LINES_AT_ONCE = 200  # of a log, when they are not waited for
+MAX_TAIL = 100_000  # last lines that are counted; of more, the pieces that the engine counts
+# Nanoseconds: the engine writes a line of one stream a little after a later one of the other.
+LOG_MARGIN = 1_000_000_000
 MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
 PIECE = 65536  # bytes
 
@@ -51,6 +56,7 @@ class Container:
     memory: int
     cpus: float
     volumes: tuple = ()  # names of those that are mounted
+    ports: frozenset = frozenset()  # of the host, on which something of it is published
 
     @property
     def up(self):
@@ -66,6 +72,15 @@ class Container:
     def started(self):
         """Whether it was ever started."""
         return not (self.started_at or '0001').startswith('0001')
+
+
+def labelled_ports(labels):
+    """Return the host ports that a container's labels name; anybody may write such labels."""
+    try:
+        ports = json.loads(labels.get(f'{PREFIX}.ports', '{}')).values()
+    except (ValueError, AttributeError, RecursionError):
+        return set()
+    return {port for port in ports if isinstance(port, int)}
 
 
 class Engine:
@@ -116,15 +131,16 @@ class Engine:
         names = {name.lstrip('/') for item in found for name in item.get('Names') or ()}
         ports = {port['PublicPort'] for item in found for port in item.get('Ports') or ()
                  if 'PublicPort' in port}
-        for item in found:
-            # A stopped container publishes nothing, but its ports are wanted back when it starts.
-            with contextlib.suppress(ValueError, AttributeError):
-                ports.update(json.loads((item.get('Labels') or {}).get(f'{PREFIX}.ports', '{}')).values())
-        return names, ports
+        # A stopped container publishes nothing, but its ports are wanted back when it starts.
+        return names, ports.union(*[labelled_ports(item.get('Labels') or {}) for item in found])
 
     def volume_of(self, workspace_id):
-        """Return the name of a workspace's volume."""
+        """Return the name of a workspace's volume, by which it is known."""
         return f'{self.instance}-{workspace_id}'
+
+    def home_of(self, workspace_id):
+        """Return the name of the volume with a workspace's home folder."""
+        return f'{self.volume_of(workspace_id)}-home'
 
     def volumes(self):
         """Return {workspace id: labels} of this instance's volumes."""
@@ -136,9 +152,12 @@ class Engine:
     def has_volume(self, workspace_id):
         """Return whether a workspace's volume is there, by asking for it and not by a list that may lack
         something."""
+        return self._is_volume(self.volume_of(workspace_id), workspace_id)
+
+    def _is_volume(self, name, workspace_id):
         with self._errors():
             try:
-                found = self._api.inspect_volume(self.volume_of(workspace_id))
+                found = self._api.inspect_volume(name)
             except docker.errors.NotFound:
                 return False
         return (found['Labels'] or {}).get(f'{PREFIX}.id') == workspace_id
@@ -167,24 +186,17 @@ class Engine:
             created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
             cpus=(limits.get('NanoCpus') or 0) / 1e9,
             volumes=tuple(mount['Name'] for mount in found.get('Mounts') or ()
-                          if mount.get('Type') == 'volume'))
-
-    def own_env(self, container):
-        """Return the environment that a container was given, beside that of its image."""
-        with self._errors():
-            found, inherited = self._api.inspect_container(container.id), set()
-            # It can be removed while a stopped container needs it.
-            with contextlib.suppress(docker.errors.ImageNotFound):
-                inherited.update(self._api.inspect_image(found['Image'])['Config'].get('Env') or ())
-        return dict(item.partition('=')[::2] for item in found['Config'].get('Env') or ()
-                    if item not in inherited)
+                          if mount.get('Type') == 'volume'),
+            ports=frozenset(int(binding['HostPort'])
+                            for bindings in (limits.get('PortBindings') or {}).values()
+                            for binding in bindings or () if binding.get('HostPort')))
 
     def changes(self, since):
         """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's
         clock)."""
         filters = {'type': 'container', 'label': f'{PREFIX}.instance={self.instance}'}
-        with self._errors(), contextlib.closing(self._api.events(since=int(since), decode=True,
-                                                                 filters=filters)) as stream:
+        with self._errors(), contextlib.closing(
+                self._api.events(since=int(since), decode=True, filters=filters)) as stream:
             for item in stream:
                 if item.get('Action', '').split(':')[0] in CHANGES:
                     yield item['Actor']['Attributes'].get(f'{PREFIX}.id', '')
@@ -244,26 +256,29 @@ class Engine:
         with self._errors():
             self._api.create_volume(name, labels=labels)
 
-    def create_container(self, *, name, image, env, labels, volume, mount, network, ports, bind_address,
-                         memory, cpus, pids,
-                         new_privileges):
-        """Create a container and return its id. `ports` is {container port: host port}.
+    def create_container(self, *, name, image, env, labels, volumes, network, ports, bind_address, memory,
+                         cpus,
+                         pids, new_privileges):
+        """Create a container and return its id. `volumes` is {where: name}, `ports` {container port: host
+        port}.
 
-        It restarts by itself only after `keep_running`.
+        It restarts by itself only after `keep_running`. The host is `host.docker.internal` in it.
         """
         with self._errors(), self._starts:
             host_config = self._api.create_host_config(
-                mounts=[docker.types.Mount(target=mount, source=volume, type='volume')],
+                mounts=[docker.types.Mount(target=where, source=volume, type='volume')
+                        for where, volume in volumes.items()],
                 port_bindings={f'{inside}/tcp': (bind_address, outside) for inside, outside in ports.items()},
                 network_mode=network, init=True, mem_limit=memory, nano_cpus=int(cpus * 1e9), pids_limit=pids,
+                shm_size=max(MIN_SHARED, memory // 4), extra_hosts={'host.docker.internal': 'host-gateway'},
                 cap_drop=['ALL'], cap_add=list(CAPABILITIES),
                 security_opt=[] if new_privileges else ['no-new-privileges'],
-                log_config=docker.types.LogConfig(type='json-file',
-                                                  config={'max-size': '16m', 'max-file': '3'}))
-            return self._api.create_container(image, name=name, hostname=name[:63], environment=env,
-                                              labels=labels,
-                                              ports=[(inside, 'tcp') for inside in ports],
-                                              host_config=host_config)['Id']
+                log_config=docker.types.LogConfig(
+                    type='json-file', config={'max-size': '16m', 'max-file': '3'}))
+            made = self._api.create_container(
+                image, name=name, hostname=name[:63], environment=env, labels=labels,
+                ports=[(inside, 'tcp') for inside in ports], host_config=host_config)
+            return made['Id']
 
     def start(self, container_id, network):
         """Start a container, on a network that is there; one that runs is left alone.
@@ -280,6 +295,17 @@ class Engine:
                 self._api.disconnect_container_from_network(container_id, network, force=True)
                 self._api.connect_container_to_network(container_id, network)
                 self._api.start(container_id)
+
+    def limit(self, container_id, *, memory, cpus):
+        """Give a container, running or not, other limits; raise DockerError when it uses more memory
+        already."""
+        # docker-py's own call has no NanoCpus, and the engine takes no other kind of CPU limit once it has
+        # one.
+        url = f'{self._api.base_url}/v{self._api.api_version}/containers/{container_id}/update'
+        limits = {'Memory': memory, 'MemorySwap': 2 * memory, 'NanoCpus': int(cpus * 1e9)}
+        with self._errors():
+            answer = self._api.post(url, json=limits, timeout=RUN_TIMEOUT)
+            self._api._raise_for_status(answer)
 
     def keep_running(self, container_id):
         """Let the engine start a container again after a crash or a reboot, unless it was stopped on
@@ -306,14 +332,16 @@ class Engine:
                              force=True, v=True)
 
     def remove(self, workspace_id):
-        """Remove every container and the volume of a workspace, running or not; what is gone already is
-        fine."""
+        """Remove every container and volume of a workspace, running or not; what is gone already is fine.
+
+        The volume by which it is known goes last: what a crash leaves is removed by the next try.
+        """
         for container in self._ours(f'{PREFIX}.id={workspace_id}'):
             self.remove_container(container.id)
-        if self.has_volume(workspace_id):
-            with self._errors():
-                self._until_gone(self._api.remove_volume, self._api.inspect_volume,
-                                 self.volume_of(workspace_id), force=True)
+        for name in (self.home_of(workspace_id), self.volume_of(workspace_id)):
+            if self._is_volume(name, workspace_id):
+                with self._errors():
+                    self._until_gone(self._api.remove_volume, self._api.inspect_volume, name, force=True)
 
     @staticmethod
     def _until_gone(remove, inspect, name, **options):
@@ -340,8 +368,8 @@ class Engine:
 
     def stake_claim(self, owner):
         """Write down on the engine that an owner claims this instance."""
-        self.create_volume(self._claim_of(owner), {f'{PREFIX}.claim': self.instance,
-                                                   f'{PREFIX}.owner': owner})
+        labels = {f'{PREFIX}.claim': self.instance, f'{PREFIX}.owner': owner}
+        self.create_volume(self._claim_of(owner), labels)
 
     def withdraw_claim(self, owner):
         """Take the claim of an owner away; one that is gone is fine."""
@@ -354,7 +382,7 @@ class Engine:
     # Inside a container
 
     def put_files(self, container_id, files):
-        """Write {absolute path: (bytes, mode)} as root into a container, started or not."""
+        """Write {absolute path: (bytes, mode, owner)} into a container, started or not."""
         with self._errors():
             self._api.put_archive(container_id, '/', make_tar(files))
 
@@ -382,13 +410,43 @@ class Engine:
         From `since` (nanoseconds, inclusive) on, or the last `tail` lines; with `follow` until the container
         ends.
         """
+        if tail and tail <= MAX_TAIL and not follow:
+            yield from self._last_lines(container, since, tail)
+        else:
+            yield from self._read_log(container, LogLines(container.tty), since, tail, follow)
+
+    def _last_lines(self, container, since, count):
+        """Yield the last lines, so many. The engine counts pieces, of which a long line has several, and may
+        begin with one from the midst of a line."""
+        pieces = count + 1  # the first line may lack its beginning
+        while True:
+            lines, found, firsts = LogLines(container.tty), collections.deque(maxlen=count), {}
+            try:
+                for batch in self._read_log(container, lines, since, pieces):
+                    for line in batch:
+                        firsts.setdefault(line[0], line)
+                        found.append(line)
+            except UnreadableLog:
+                yield list(found)
+                raise
+            # A piece has the stamp of its line's first one: what is cut came before all that is not.
+            begun = min((stamp for _, stamp, _ in firsts.values()), default=0) + LOG_MARGIN
+            cut = [line for line in firsts.values() if line[1] <= begun]
+            enough = len(found) == count and not any(line is one for line in found for one in cut)
+            if enough or lines.pieces < pieces:
+                yield list(found)
+                return
+            pieces *= 4
+
+    def _read_log(self, container, lines, since, tail, follow=False):
+        """Yield lists of the lines that `lines` makes of a log; of `tail` the engine counts pieces."""
         params = {'stdout': 1, 'stderr': 1, 'timestamps': 1, 'follow': int(follow),
                   'tail': 'all' if tail is None else tail}
         if since:
             params['since'] = f'{since // 1_000_000_000}.{since % 1_000_000_000:09d}'
-        lines, batch, enough = LogLines(container.tty), [], 1 if follow else LINES_AT_ONCE
-        with self._errors(), self._client.get('/containers/{0}/logs', container.id, params,
-                                              timeout=None) as answer:
+        batch, enough = [], 1 if follow else LINES_AT_ONCE
+        with self._errors(), self._client.get(
+                '/containers/{0}/logs', container.id, params, timeout=None) as answer:
             for data in cooperatively(answer.stream(PIECE)):
                 try:
                     batch += lines.feed(data)  # the engine sends line by line
@@ -479,11 +537,11 @@ def measure(sample):
 
 
 def make_tar(files):
-    """Return {absolute path: (bytes, mode)} as the bytes of a tar."""
+    """Return {absolute path: (bytes, mode, number of the owner)} as the bytes of a tar."""
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode='w') as archive:
-        for path, (content, mode) in sorted(files.items()):
+        for path, (content, mode, owner) in sorted(files.items()):
             entry = tarfile.TarInfo(path.lstrip('/'))
-            entry.size, entry.mode = len(content), mode
+            entry.size, entry.mode, entry.uid, entry.gid = len(content), mode, owner, owner
             archive.addfile(entry, io.BytesIO(content))
     return target.getvalue()

@@ -1,7 +1,9 @@
 """What can go wrong, each with its HTTP status and code."""
+import json
 import logging
 import secrets
 
+MAX_QUOTED = 60  # characters of a value that a text quotes
 log = logging.getLogger('agentbackend')
 
 
@@ -46,10 +48,24 @@ class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
 class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
 
 
-class WorkspaceNotFound(BackendError): status, code = 404, 'WORKSPACE_NOT_FOUND'
+class WorkspaceNotFound(BackendError):
+    """No workspace has that id or name. The contract has the words; the details name it."""
+
+    status, code = 404, 'WORKSPACE_NOT_FOUND'
+
+    def __init__(self, name):
+        said = f"there is no workspace '{name[:MAX_QUOTED]}'; GET /api/workspaces lists them"
+        super().__init__('Workspace not found', details=[{'path': 'id', 'message': said}])
 
 
-class SessionNotFound(BackendError): status, code = 404, 'SESSION_NOT_FOUND'
+class SessionNotFound(BackendError):
+    """No session has that id."""
+
+    status, code = 404, 'SESSION_NOT_FOUND'
+
+    def __init__(self, name):
+        said = f"there is no session '{name[:MAX_QUOTED]}'; GET /api/agent/sessions lists them"
+        super().__init__('Session not found', details=[{'path': 'id', 'message': said}])
 
 
 class SessionBusy(BackendError): status, code = 409, 'SESSION_BUSY'
@@ -112,5 +128,25 @@ def internal_error(error):
 
 
 def refusal(path, text):
-    """Return the error that says what is wrong with a field of a body."""
-    return ValidationError(f'{path}: {text}', details=[{'path': path, 'message': text}])
+    """Return the error that says what is wrong with a field: its name and the text make a sentence."""
+    return ValidationError(f'{path} {text}', details=[{'path': path, 'message': f'{path} {text}'}])
+
+
+def kind_of(value):
+    """Return what a value of JSON is, for a sentence that must not quote it."""
+    kinds = {str: 'a text', list: 'a list', dict: 'an object', int: 'a number', float: 'a number'}
+    return kinds.get(type(value)) or json.dumps(value)
+
+
+def quoted(value):
+    """Return a value in the spelling of JSON, for a sentence; a long text is cut, a list is only named."""
+    if isinstance(value, (list, dict)):
+        return kind_of(value)
+    is_long = isinstance(value, str) and len(value) > MAX_QUOTED
+    return json.dumps(value[:MAX_QUOTED] + '...' if is_long else value, ensure_ascii=False)
+
+
+def either(words):
+    """Return words as a choice: a, b or c."""
+    *others, last = words or ['']
+    return f"{', '.join(others)} or {last}" if others else last

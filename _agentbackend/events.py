@@ -1,7 +1,7 @@
 """What happened, kept in a ring per topic, handed to bounded subscriptions."""
 import collections
-import contextlib
 import dataclasses
+import re
 import time
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ QUEUE_SIZE = 1000  # events that wait for one reader
 QUEUE_BYTES = 4 * 2**20  # and how large they may be together
 EVERYTHING = '*'  # the topic of every workspace's status
 DELETED = {'status': DELETING, 'deleted': True}  # data of a workspace's last event
+# What the entrypoint of a workspace says of its way to readiness, which is told as `progress`.
+PROGRESS = re.compile(r'workspace: (clone|submodules|large files|setup): (.*)')
+STEPS = re.compile(r'(?:(\d+)/(\d+) |.*?(\d+)%)')
 
 
 @dataclass(slots=True)
@@ -208,9 +211,10 @@ class Events:
         id."""
         for stream, stamp, text in lines:
             if position.advance(stream, stamp):
-                yield Event('log', workspace_id, place(), stamp / 1e9,
-                            {'stream': STREAM_NAMES[stream], 'message': self.redact(text)},
-                            size=200 + len(text))
+                progress = PROGRESS.match(text)
+                kind, data = ('progress', progress_of(*progress.groups())) if progress else (
+                    'log', {'stream': STREAM_NAMES[stream], 'message': self.redact(text)})
+                yield Event(kind, workspace_id, place(), stamp / 1e9, data, size=200 + len(text))
 
     def recent(self, topic):
         """Return the events that the ring of a topic holds, oldest first."""
@@ -232,16 +236,6 @@ class Events:
             if not readers:
                 del self._readers[topic]
 
-    @contextlib.contextmanager
-    def subscribed(self, topic, size=QUEUE_SIZE):
-        """Give a Subscription to a topic for the length of a block."""
-        reader = Subscription(size)
-        self.attach(topic, reader)
-        try:
-            yield reader
-        finally:
-            self.detach(topic, reader)
-
     def forget(self, topic):
         """Drop the ring of a topic that is no more."""
         self._rings.pop(topic, None)
@@ -249,8 +243,9 @@ class Events:
         self._cursors.pop(topic, None)
 
     def _cursor(self, workspace_id):
-        return self._cursors.get(workspace_id) or self._cursors.setdefault(workspace_id,
-                                                                           Cursor(self.boot, 0, 0))
+        if workspace_id not in self._cursors:
+            self._cursors[workspace_id] = Cursor(self.boot, 0, 0)
+        return self._cursors[workspace_id]
 
     def _deliver(self, topic, event, told=()):
         if topic not in self._rings:
@@ -258,3 +253,12 @@ class Events:
         self._rings[topic].append(self.count, event)
         for reader in [reader for reader in self._readers.get(topic, ()) if reader not in told]:
             reader.put(event)
+
+
+def progress_of(phase, message):
+    """Return the data of the progress event for a word of the entrypoint: `2/3 npm ci`, or something in
+    percent."""
+    found = STEPS.match(message)
+    step, total, percent = found.groups() if found else (None, None, None)
+    return {'phase': phase, 'step': int(step or percent or 0), 'total': int(total or 100) if found else None,
+            'message': message}

@@ -48,8 +48,8 @@ class CatchUp:
 
     def batches(self):
         """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
-        if self._fresh and self._pump.ready.wait(0.2) and (not self._tail
-                                                           or str(self._pump.position) == str(LogPosition())):
+        if self._fresh and self._pump.ready.wait(0.2) and (
+                not self._tail or str(self._pump.position) == str(LogPosition())):
             # No old line tells it, and who comes back with this id must miss nothing.
             self._position = self._pump.position.copy()
         try:
@@ -127,8 +127,8 @@ class CatchUp:
         while True:
             self._position = self._position and self._position.copy()  # reading begins again
             try:
-                yield from self._backend.logs.read(self._workspace_id, position=self._position,
-                                                   tail=self._tail if self._position is None else None)
+                tail = self._tail if self._position is None else None
+                yield from self._backend.logs.read(self._workspace_id, position=self._position, tail=tail)
                 return
             except UnreadableLog as error:
                 log.debug('A reader of %s goes on behind what is damaged: %s', self._workspace_id, error)
@@ -191,8 +191,9 @@ class CatchUp:
 
 def status_event(workspace, place):
     """Return the event that tells a new reader the status of a workspace."""
-    data = {'status': workspace.status, 'name': workspace.name} | ({'error': workspace.error}
-                                                                   if workspace.error else {})
+    data = {'status': workspace.status, 'name': workspace.name}
+    if workspace.error:
+        data['error'] = workspace.error
     return Event('status', workspace.id, place, time.time(), data)
 
 

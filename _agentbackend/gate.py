@@ -27,6 +27,7 @@ METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE')
 CORS_HEADERS = 'Authorization, Content-Type, Last-Event-ID'
 CORS_EXPOSED = 'Location, X-Session-Id, X-Run-Id, Allow, WWW-Authenticate, Retry-After'
 TICKET_LIFE = 30  # seconds
+WRONG_TOKEN = "This token is not the server's API_TOKEN."
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?', re.ASCII)
 
 
@@ -97,7 +98,9 @@ class Gate:
             route = self._app.find(environ['REQUEST_METHOD'], path)
             trusted = environ['agentbackend.trusted'] = self._is_trusted(environ, route)
             if not trusted and not (route and route.open):
-                raise Unauthorized("This server needs its API token: send 'Authorization: Bearer "
+                shown = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
+                raise Unauthorized(WRONG_TOKEN if shown[0].lower() == 'bearer' and shown[2].strip() else
+                                   "This server needs its API token: send 'Authorization: Bearer "
                                    "<API_TOKEN>'.",
                                    headers={'WWW-Authenticate': 'Bearer'})
             if environ.get('wsgi.websocket') is not None:
@@ -154,13 +157,13 @@ class Gate:
         """Tell whether the token was shown, or a ticket for a stream, which is taken out of the query in any
         case."""
         scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
-        trusted = not self._config.api_token or (scheme.lower() == 'bearer'
-                                                 and same_secret(token.strip(), self._config.api_token))
+        trusted = not self._config.api_token or (
+            scheme.lower() == 'bearer' and same_secret(token.strip(), self._config.api_token))
         query = urllib.parse.parse_qsl(environ.get('QUERY_STRING', ''), keep_blank_values=True)
         tickets = [value for key, value in query if key == 'ticket']
         if tickets:
-            environ['QUERY_STRING'] = urllib.parse.urlencode([(key, value) for key, value in query
-                                                              if key != 'ticket'])
+            others = [(key, value) for key, value in query if key != 'ticket']
+            environ['QUERY_STRING'] = urllib.parse.urlencode(others)
             if route is not None and route.takes_tickets and environ['REQUEST_METHOD'] == 'GET':
                 trusted = any([self._tickets.redeem(ticket) for ticket in tickets]) or trusted
         return trusted

@@ -20,9 +20,11 @@ from _agentbackend.errors import (
     DockerError,
     EngineUnavailable,
     MissingBaseImage,
+    NotFound,
     Superseded,
     UnreadableTemplate,
-    ValidationError,
+    quoted,
+    refusal,
 )
 from _agentbackend.timing import with_deadline
 
@@ -37,18 +39,28 @@ OWN_BASE_IMAGE = 'agentbackend-debian:bookworm'  # of templates/make-debian-imag
 PULL_TIMEOUT = 30  # seconds without a word from the registry: a machine without one may swallow packets
 BASE_PAUSE = 2  # seconds between looks for a base image that somebody makes
 LAST_LINES = 12  # of a build that failed
+STEP = re.compile(r'Step (\d+)/(\d+) : ')
+TELL_PAUSE = 10  # seconds between two lines of our log about a build
+MAX_LOG = 1000  # lines that are kept of a build
+MAX_LINE = 1000  # characters of one
 
 
 class Build:
-    """An image that is being made, and who listens to its output."""
+    """An image that is being made, how far that is, and who listens to its output."""
 
     def __init__(self):
         self.greenlet = None
         self.listeners = []
         self.started_at = time.time()
+        self.step = self.steps = None  # once the engine has told
+        self.lines = collections.deque(maxlen=MAX_LOG)
 
     def say(self, line):
-        """Hand a line of output to all who listen."""
+        """Keep a line of output, and hand it to all who listen."""
+        step = STEP.match(line)
+        if step:
+            self.step, self.steps = int(step[1]), int(step[2])
+        self.lines.append(line[:MAX_LINE])
         for listener in list(self.listeners):
             listener(line)
 
@@ -64,6 +76,7 @@ class Templates:
         self._ca_certs = ca_certs
         self._timeout = timeout
         self._builds = {}
+        self._logs = {}  # name -> the lines of its last build
         self._errors = {}
         self._digests = {}  # name -> (what was seen of its files, a digest of their content)
         self._ready = {}  # name -> the tag that was last seen on the engine
@@ -89,18 +102,24 @@ class Templates:
         return list(dict.fromkeys([*versions, *packages, *below]))
 
     def state(self, name):
-        """Return {image, state, error, building_since}: state is ready, building, failed or missing, as last
-        seen."""
+        """Return {image, state, error, build}: state is ready, building, failed or missing, as last seen;
+        `build` is the Build that goes on, or None."""
         try:
             tag = self.tag(name)
         except UnreadableTemplate as error:
             return {'image': f'{PREFIX}/{name.lower()}', 'state': 'failed', 'error': str(error),
-                    'building_since': None}
+                    'build': None}
         build, error = self._builds.get(name), self._errors.get(name)
         there = 'ready' if self._ready.get(name) == tag else 'missing'
         state = 'building' if build else 'failed' if error else there
-        return {'image': tag, 'state': state, 'error': error,
-                'building_since': build.started_at if build else None}
+        return {'image': tag, 'state': state, 'error': error, 'build': build}
+
+    def log(self, name):
+        """Return what the build of a template's image has printed, the one that goes on or the last; raise
+        NotFound for a template that there is not."""
+        if name not in [BASE, *self.names()]:
+            raise NotFound(f'There is no template {quoted(name)}; GET /api/templates lists them.')
+        return list(self._logs.get(name, ()))
 
     def tag(self, name):
         """Return the name of the image that a template's folder, as it is now, makes."""
@@ -160,11 +179,13 @@ class Templates:
 
     def _start(self, name, tag):
         build = self._builds[name] = Build()
+        self._logs[name] = build.lines
         build.greenlet = gevent.Greenlet(self._make, name, tag, build)
         build.greenlet.start()
         return build
 
     def _make(self, name, tag, build):
+        telling = gevent.spawn(self._tell, name, build)
         try:
             build.say(f'Building image {tag} of template {name}.')
             log.info('Building image %s of template %s; this can take some minutes.', tag, name)
@@ -181,7 +202,18 @@ class Templates:
             log.error('No image for template %s: %s', name, error)
             raise
         finally:
+            telling.kill(block=False)
             del self._builds[name]
+
+    def _tell(self, name, build):
+        """Log now and then how far a build is; one that waits for the base leaves that to it."""
+        while True:
+            gevent.sleep(TELL_PAUSE)
+            if name == BASE or BASE not in self._builds:
+                step = f'step {build.step} of {build.steps}, ' if build.steps else ''
+                minutes, seconds = divmod(int(time.time() - build.started_at), 60)
+                log.info('build %s: %s%d:%02d so far. It printed last: %s', name, step, minutes, seconds,
+                         build.lines[-1].strip() if build.lines else 'nothing')
 
     def _below(self, name, on_line):
         """Return the image that a template stands on, '' for one that needs none of ours."""
@@ -192,8 +224,7 @@ class Templates:
     def _build(self, name, tag, below, on_line):
         """Build an image; each line of output goes to `on_line`. Raises DockerError with the last ones."""
         last = collections.deque(maxlen=LAST_LINES)
-        with self._client.errors(), tempfile.TemporaryFile(prefix='agentbackend-context-') as context:
-            gevent.get_hub().threadpool.apply(pack, (self._context(name), context))
+        with self._packed(name) as context, self._client.errors():
             output = self._client.api.build(
                 fileobj=context, custom_context=True, tag=tag,
                 buildargs={'BASE_IMAGE': below} if below else {},
@@ -206,6 +237,18 @@ class Templates:
                 if 'error' in item:
                     raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last))
             self._client.api.inspect_image(tag)
+
+    @contextlib.contextmanager
+    def _packed(self, name):
+        """Give a file with what the build of a template is made from; a disk that is full is not the engine's
+        fault."""
+        with tempfile.TemporaryFile(prefix='agentbackend-context-') as context:
+            try:
+                gevent.get_hub().threadpool.apply(pack, (self._context(name), context))
+            except OSError as error:
+                raise DockerError(f'The files of template {name} could not be packed into '
+                                  f'{tempfile.gettempdir()}: {error.strerror}.') from error
+            yield context
 
     @staticmethod
     def _said(build, name, line):
@@ -269,8 +312,7 @@ class Templates:
         for folder in reversed(self._folders):
             if TEMPLATE_NAME.fullmatch(name) and (folder / name / 'Dockerfile').is_file():
                 return folder / name
-        raise ValidationError(f"template: there is no template {name!r}; known are {', '.join(self.names())}",
-                              details=[{'path': 'template', 'message': f'unknown template {name!r}'}])
+        raise refusal('template', f"is {quoted(name)}, but known are {', '.join(self.names())}")
 
     def _context(self, name):
         """Return what an image is built from, {relative path: (path, mode)}; all that the folder holds

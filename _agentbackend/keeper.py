@@ -9,6 +9,7 @@ import gevent
 import gevent.event
 import gevent.pool
 
+from _agentbackend.drafts import CREDENTIALS, KEY, MAX_ENV
 from _agentbackend.engine import PREFIX
 from _agentbackend.errors import (
     BackendError,
@@ -19,14 +20,14 @@ from _agentbackend.errors import (
     Superseded,
     WorkspaceNotFound,
 )
-from _agentbackend.recipe import SETTINGS_FOLDER
+from _agentbackend.recipe import SETTINGS_FOLDER, read_shell_lines
 from _agentbackend.records import AGENT, ERROR, RUNNING, SETTLED, STOPPED, TEMPORARY, Workspace
 
 log = logging.getLogger('agentbackend')
 
 CLAIM_TIMEOUT = 12  # seconds; a server that is there has half of that to answer
 # Seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that.
-GRACE = 2
+GRACE = 4
 SWEEP_PAUSE = 1  # seconds
 CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
 EXIT_TERM = 143  # of a container that was told to end, by `docker stop` say
@@ -51,6 +52,7 @@ class Keeper:
         self.connected = False
         self.problems = {}  # what is wrong -> in words, for /health
         self.on_connected = []  # called when the engine answers, after `reconcile`
+        self.on_ready = []  # called once, when the images of PREBUILD are there too
         self.on_changed = []  # called with the id of a workspace whose container has changed
         self._first_try = True
         self._loops = []
@@ -99,16 +101,24 @@ class Keeper:
         self.problems.pop('', None)
         for listener in self.on_connected:
             self._checks.start(gevent.Greenlet(listener))
-        for name in self._config.prebuild:
-            self._checks.start(gevent.Greenlet(self._prebuild, name))
+        self._checks.start(gevent.Greenlet(self._prebuild))
         # From the time before the list on, so that nothing in between is missed; what comes twice does no
         # harm.
         for workspace_id in self._engine.changes(info['time']):
             self._look_at(workspace_id)
 
-    def _prebuild(self, name):
+    def _prebuild(self):
+        builds = [self._checks.spawn(self._build, name) for name in self._config.prebuild]
+        gevent.joinall(builds)
+        if all(build.value for build in builds):
+            listeners, self.on_ready = self.on_ready, []
+            for listener in listeners:
+                listener()
+
+    def _build(self, name):
+        """Return the image of a template, None if it could not be built."""
         try:
-            self._templates.image(name, lambda line: None, gevent.event.Event())
+            return self._templates.image(name, lambda line: None, gevent.event.Event())
         except BackendError as error:
             log.error('Template %s was not built: %s', name, error)
 
@@ -151,8 +161,8 @@ class Keeper:
         with contextlib.suppress(WorkspaceNotFound, EngineUnavailable, Superseded):
             workspace = self._state.get(workspace_id)
             container = self._engine.find(workspace_id)
-            if workspace.type == TEMPORARY and not (container
-                                                    and container.up) and workspace.status == RUNNING:
+            is_up = container and container.up
+            if workspace.type == TEMPORARY and workspace.status == RUNNING and not is_up:
                 gevent.sleep(GRACE)
                 container = self._engine.find(workspace_id)
             workspace = self._state.get(workspace_id)
@@ -167,7 +177,7 @@ class Keeper:
         with contextlib.suppress(StateNotWritten):  # the change stands, and is written later
             if container is not None and container.up:
                 self._compare_with_running(workspace, container)
-            elif workspace.status == RUNNING or not (container or has_volume):
+            elif workspace.status == RUNNING or container is None:
                 self._compare_with_ended(workspace, *self._second_look(workspace, container, has_volume))
 
     def _compare_with_running(self, workspace, container):
@@ -185,7 +195,7 @@ class Keeper:
             self._workspaces.remove(workspace.id)
         elif container is None and not has_volume and workspace.ever_ran and workspace.status != ERROR:
             self._workspaces.has_ended(workspace, ERROR, LOST)
-        elif workspace.status == RUNNING and container is None:
+        elif container is None and workspace.ever_ran and not workspace.error and workspace.status != ERROR:
             self._workspaces.has_ended(workspace, STOPPED, REMOVED)
         elif workspace.status == RUNNING:
             quiet = container.exit_code in (0, EXIT_TERM) and not container.out_of_memory
@@ -241,14 +251,17 @@ class Keeper:
 
     def _found_in(self, container):
         """Return the fields of a record that a container tells."""
-        reserved = self._workspaces.recipe.reserved_environment()
-        env = {key: text for key, text in self._engine.own_env(container).items() if key not in reserved}
-        password = self._engine.get_file(container.id, f'{SETTINGS_FOLDER}/password').decode('utf-8',
-                                                                                             'replace')
-        found = {'name': container.name.removeprefix(self._workspaces.recipe.name('')), 'env': env,
+        def read(name):
+            pieces = self._engine.read_file(container.id, f'{SETTINGS_FOLDER}/{name}', limit=2 * MAX_ENV)
+            return b''.join(pieces).decode('utf-8', 'replace')
+        secrets_kept = {name: text for name in (CREDENTIALS, KEY) if (text := read(name))}
+        keys, password = read('authorized_keys').splitlines(), read('password').strip()
+        found = {'name': container.name.removeprefix(self._workspaces.recipe.name('')),
+                 'env': read_shell_lines(read('env')),
+                 'git_access': secrets_kept, 'setup': read('setup'), 'ssh_public_keys': keys,
                  'cpus': container.cpus,
                  'memory': container.memory, 'container_id': container.id, 'status': RUNNING}
-        return found | ({'password': password.strip()} if password.strip() else {})
+        return found | ({'password': password} if password else {})
 
     # The clock
 
@@ -273,8 +286,8 @@ class Keeper:
             return
         self._claim.defend()
         for workspace in self._state.all():
-            if workspace.type == AGENT and workspace.status == RUNNING and (workspace.expires_at or now
-                                                                            + 1) <= now:
+            expires_at = workspace.expires_at or now + 1
+            if workspace.type == AGENT and workspace.status == RUNNING and expires_at <= now:
                 self._note_editor(workspace)
         self._workspaces.expire(now)
         for workspace in self._state.all():

@@ -6,6 +6,7 @@ import time
 import gevent
 import gevent.event
 
+from _agentbackend.engine import LOG_MARGIN
 from _agentbackend.errors import ConflictOnEngine, EngineUnavailable, MissingOnEngine, UnreadableLog
 from _agentbackend.positions import LogPosition
 
@@ -13,8 +14,6 @@ log = logging.getLogger('agentbackend')
 
 # Seconds a log is followed after its last reader left: a page that is loaded again comes back at once.
 LINGER = 10
-# Nanoseconds: the engine writes a line of one stream a little after a later one of the other.
-MARGIN = 1_000_000_000
 READY_TIMEOUT = 2  # seconds: the last line may have been rotated away before it was reached
 LOG_POLL = 5  # seconds between looks at a container that does not run, if nobody said that it changed
 
@@ -115,8 +114,8 @@ class Logs:
             try:
                 if pump.position is None:
                     self._begin(pump, container)
-                if container is None or not container.started or (pump.finished == container.id
-                                                                  and not container.up):
+                if container is None or not container.started or (
+                        pump.finished == container.id and not container.up):
                     return
                 self._publish(pump, container)
             except UnreadableLog as error:
@@ -131,8 +130,8 @@ class Logs:
         pump.position = pump.position.copy()
         tail = 0 if pump.damaged == container.id else None
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # a conflict: it is being removed
-            for lines in self._engine.log_lines(container, since=pump.position.since(), tail=tail,
-                                                follow=True):
+            since = pump.position.since()
+            for lines in self._engine.log_lines(container, since=since, tail=tail, follow=True):
                 self._events.publish_lines(pump.workspace_id, lines, pump.position)
                 if pump.target is not None and pump.position.covers(*pump.target):
                     pump.ready.set()
@@ -157,7 +156,7 @@ class Logs:
         """
         lines = [line for batch in self._engine.log_lines(container, tail=1)
                  for line in batch] if container and container.started else []
-        start = lines[-1][1] - MARGIN if lines else 0
+        start = lines[-1][1] - LOG_MARGIN if lines else 0
         pump.position = LogPosition((start, 0), (start, 0))
         self._events.positions[pump.workspace_id] = str(pump.position)
         if lines:

@@ -27,30 +27,29 @@ from _agentbackend.views import RETRY
 # OpenAPI
 # ---------------------------------------------------------------------------------------------
 
-EVENT_STREAM, PLAIN_TEXT = 'text/event-stream', 'text/plain'
-HTML_PAGE, JSON_TYPE = 'text/html', 'application/json'
+EVENT_STREAM, PLAIN_TEXT, JSON_TYPE = 'text/event-stream', 'text/plain', 'application/json'
 EVERYWHERE = (ValidationError, UriTooLong, Forbidden, BackendError)  # errors that each route has
 WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
 HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
 
 
 def openapi_document(routes, schemas, frame):
-    """Return the OpenAPI document of a table of routes; `frame` is what does not come from them."""
-    document = copy.deepcopy(frame)
+    """Return the OpenAPI document of those routes that have a tag; `frame` is what does not come from
+    them."""
+    routes, titles = [route for route in routes if route.tag], titles_of(schemas)
+    document = copy.deepcopy({key: value for key, value in frame.items() if key != 'examples'})
     document['info']['version'] = VERSION
-    named = {name: schema for name, schema in schemas.documents.items() if not name.endswith('-query')}
-    titles = {name: schema['title'] for name, schema in named.items()}
-    document['components']['schemas'] = {titles[name]: component(schema, titles)
-                                         for name, schema in named.items()}
+    parts, told = document['components'], {error.code for route in routes for error in errors_of(route)}
+    parts['schemas'] = components(schemas, titles) | envelopes(routes, titles)
     codes = sorted({error.code for error in every_error()})
-    document['components']['schemas']['Error']['properties']['code']['examples'] = codes
-    document['components']['examples'] = {example['code']: {'value': example}
-                                          for example in schemas.documents['error']['examples']}
-    document['paths'], known = {}, frame['components']['parameters']
+    parts['schemas']['Error']['properties']['code']['examples'] = codes
+    parts['examples'] = {example['code']: {'value': example}
+                         for example in schemas.documents['error']['examples'] if example['code'] in told}
+    document['paths'] = {}
     for route in routes:
         path = re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)
         operations = document['paths'].setdefault(path, {})
-        operations[route.method.lower()] = operation(route, schemas, titles, known)
+        operations[route.method.lower()] = operation(route, schemas, titles, frame)
     return document
 
 
@@ -61,43 +60,50 @@ def every_error(above=BackendError):
         yield from every_error(error)
 
 
-def component(schema, titles):
-    """Return a schema file as a component: it names the others as the document does."""
-    own = titles[next(name for name, title in titles.items() if title == schema['title'])]
+def titles_of(schemas):
+    """Return the titles of the schema files that are components, by the names of the files."""
+    return {name: schema['title'] for name, schema in schemas.documents.items()
+            if 'title' in schema and not name.endswith('-query')}
 
-    def renamed(node):
-        if isinstance(node, list):
-            return [renamed(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        node = {key: renamed(value) for key, value in node.items() if key != '$schema'}
-        if isinstance(node.get('$ref'), str):
-            file, _, pointer = node['$ref'].partition('#')
-            title = titles[file.removesuffix('.json')] if file else own
-            node['$ref'] = f'#/components/schemas/{title}{pointer}'
+
+def components(schemas, titles):
+    """Return the schema files, and the parts that they define for each other, as components."""
+    found = {}
+    for name, schema in schemas.documents.items():
+        parts = {titles[name]: schema} if name in titles else {}
+        found |= {title: referring(part, titles, name)
+                  for title, part in (parts | schema.get('$defs', {})).items()}
+    return found
+
+
+def referring(node, titles, name):
+    """Return a part of the schema file of that name as the document has it: it refers to components."""
+    def target(ref):
+        file, _, pointer = ref.partition('#')
+        return schema_ref(pointer.rpartition('/')[2] or titles[file.removesuffix('.json') or name])['$ref']
+
+    if isinstance(node, list):
+        return [referring(item, titles, name) for item in node]
+    if not isinstance(node, dict):
         return node
-    return renamed(schema)
+    node = {key: referring(value, titles, name) for key, value in node.items()
+            if key not in ('$schema', '$defs')}
+    if '$ref' in node:
+        node['$ref'] = target(node['$ref'])
+    if 'mapping' in node:
+        node['mapping'] = {value: target(ref) for value, ref in node['mapping'].items()}
+    return node
 
 
-def operation(route, schemas, titles, known):
-    """Return what the document says of one route."""
-    words = ' '.join(route.handler.__doc__.split())
-    summary = re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
-    name = re.sub('_([a-z])', lambda match: match[1].upper(), route.handler.__name__)
-    shown = {'operationId': name, 'summary': summary, 'description': words,
-             'tags': [route.tag] if route.tag else []}
-    shown |= {'security': []} if route.open else {}
-    parameters = list(parameters_of(route, schemas, known))
-    shown |= {'parameters': parameters} if parameters else {}
-    if route.body:
-        shown['requestBody'] = {'required': True,
-                                'content': {JSON_TYPE: {'schema': schema_ref(titles[route.body])}}}
-    if 101 in route.answers:
-        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']),
-                                'receive': schema_ref(titles['event'])}
-    shown['responses'] = {str(status): answer(route, status, schemas, titles)
-                          for status in route.answers} | failures(route)
-    return shown
+def envelopes(routes, titles):
+    """Return the envelopes in which the routes put their data, as components."""
+    wanted = {titles[name] for route in routes if not route.bare
+              for name in route.answers.values() if name in titles}
+    return {f'{title}Answer': {
+        'type': 'object', 'description': f'{title}, in the envelope of all answers.',
+        'required': ['success', 'data'],
+        'properties': {'success': {'const': True, 'description': 'always true'}, 'data': schema_ref(title)}}
+        for title in sorted(wanted)}
 
 
 def schema_ref(title):
@@ -105,14 +111,34 @@ def schema_ref(title):
     return {'$ref': f'#/components/schemas/{title}'}
 
 
-def parameters_of(route, schemas, known):
+def operation(route, schemas, titles, frame):
+    """Return what the document says of one route."""
+    words = ' '.join(route.handler.__doc__.split())
+    summary = re.split(r'(?<=[.:]) ', words)[0].rstrip('.:')
+    name = re.sub('_([a-z])', lambda match: match[1].upper(), route.handler.__name__)
+    shown = {'operationId': name, 'summary': summary, 'description': words, 'tags': [route.tag]}
+    shown |= {'security': []} if route.open else {}
+    parameters = list(parameters_of(route, schemas, titles, frame['components']['parameters']))
+    shown |= {'parameters': parameters} if parameters else {}
+    if route.body:
+        shown['requestBody'] = {'required': True, 'content': {JSON_TYPE: {
+            'schema': schema_ref(titles[route.body]), 'examples': frame['examples'][route.body]}}}
+    if route.websocket:
+        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']),
+                                'receive': schema_ref(titles['any-event'])}
+    shown['responses'] = {str(status): answer(route, status, schemas, titles, frame['examples'])
+                          for status in route.answers} | failures(route)
+    return shown
+
+
+def parameters_of(route, schemas, titles, known):
     """Yield the parameters of a route: of its path, its query, and for a stream what an EventSource sends."""
     parts = route.path.split('/')
     for before, part in zip(parts, parts[1:], strict=False):
         if part.startswith('<'):
             key = next(key for key in (before, part.strip('<>').partition(':')[0]) if key in known)
             yield {'$ref': f'#/components/parameters/{key}'}
-    document = schemas.documents[route.query]
+    document = referring(schemas.documents[route.query], titles, route.query)
     for name, schema in document['properties'].items():
         words = {key: value for key, value in schema.items() if key != 'description'}
         yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()),
@@ -122,7 +148,7 @@ def parameters_of(route, schemas, known):
         yield {'$ref': '#/components/parameters/ticket'}
 
 
-def answer(route, status, schemas, titles):
+def answer(route, status, schemas, titles, examples):
     """Return what the document says of one way in which a route succeeds."""
     wanted = route.answers[status]
     shown = {'description': http.HTTPStatus(status).phrase}
@@ -131,44 +157,40 @@ def answer(route, status, schemas, titles):
     if wanted == EVENT_STREAM:
         lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n"
                         for example in schemas.documents['event']['examples'])
-        text = {'type': 'string',
-                'description': 'The data of each event is an Event as JSON. Lines that begin with a colon '
-                               'are signs of life.',
-                'contentMediaType': JSON_TYPE, 'contentSchema': schema_ref(titles['event'])}
-        shown['content'] = {EVENT_STREAM: {'schema': text, 'example': f': events\n\nretry: {RETRY}\n{lines}'}}
-    elif wanted and '/' in wanted:
-        shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'}}}
+        shown['content'] = {EVENT_STREAM: {'schema': schema_ref(titles['event-stream']),
+                                           'example': f': events\n\nretry: {RETRY}\n{lines}'}}
+    elif wanted in titles:
+        title = titles[wanted] if route.bare else f'{titles[wanted]}Answer'
+        example = example_of(schemas.documents, wanted)
+        shown['content'] = {JSON_TYPE: {'schema': schema_ref(title), 'example': example if route.bare
+                                        else {'success': True, 'data': example}}}
     elif wanted:
-        data = schema_ref(titles[wanted])
-        envelope = {'type': 'object', 'required': ['success', 'data'],
-                    'properties': {'success': {'const': True}, 'data': data}}
-        shown['content'] = {JSON_TYPE: {'schema': data if route.bare else envelope}
-                            | example_of(wanted, schemas, bare=route.bare)}
+        shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'},
+                                     'example': examples[wanted]}}
     return shown
 
 
-def example_of(name, schemas, *, bare):
-    """Return the example of an answer as a media type has it: that of its schema, in the envelope unless it
-    is bare."""
-    schema = schemas.documents[name]
-    if schema.get('type') == 'array':
-        examples = [schemas.documents[schema['items']['$ref'].removesuffix('.json')]['examples']]
-    else:
-        examples = schema.get('examples', [])
-    return {'example': examples[0] if bare else {'success': True, 'data': examples[0]}} if examples else {}
+def example_of(documents, name):
+    """Return the first example of a schema file; that of a list is one of its items."""
+    if documents[name].get('type') == 'array':
+        return [example_of(documents, documents[name]['items']['$ref'].removesuffix('.json'))]
+    return documents[name]['examples'][0]
+
+
+def errors_of(route):
+    """Return the errors that a route may answer with."""
+    return {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)),
+            *(WITH_A_BODY if route.body else ()), *(() if route.method == 'GET' else (StateNotWritten,))}
 
 
 def failures(route):
     """Return what the document says of the ways in which a route fails, by their status."""
-    errors = {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)),
-              *(WITH_A_BODY if route.body else ()),
-              *(() if route.method == 'GET' else (StateNotWritten,))}
-    shown = {}
+    shown, errors = {}, errors_of(route)
     for status in sorted({error.status for error in errors}):
         codes = sorted({error.code for error in errors if error.status == status})
-        shown[str(status)] = {'description': ' or '.join(codes), 'content': {JSON_TYPE: {
-            'schema': schema_ref('Error'), 'examples': {code: {'$ref': f'#/components/examples/{code}'}
-                                                        for code in codes}}}}
+        examples = {code: {'$ref': f'#/components/examples/{code}'} for code in codes}
+        content = {JSON_TYPE: {'schema': schema_ref('Error'), 'examples': examples}}
+        shown[str(status)] = {'description': ' or '.join(codes), 'content': content}
         if status in HEADERS_OF_ERRORS:
             name = HEADERS_OF_ERRORS[status]
             shown[str(status)]['headers'] = {name: {'$ref': f'#/components/headers/{name}'}}
@@ -230,17 +252,18 @@ class Pages:
         """Return a page by its name; raise NotFound."""
         if name == 'openapi.json':
             return Page(name, text=self._text)
-        if name == 'openapi.html':
-            return self._reference()
+        if name in ('openapi.html', 'openapi-plain.html'):
+            return self._plain() if self._scalar() is None or 'plain' in name else self._reference()
         path = self._scalar() if name == 'scalar.js' else self._folder / name
         if path is None or len(name) > 100 or path.name.startswith(('.', 'openapi-')) or not path.is_file():
             raise NotFound(f'There is no file {name[:100]!r} here.')
         return Page(name, path)
 
     def _reference(self):
-        if self._scalar() is not None:
-            return Page('openapi.html', self._folder / 'openapi-scalar.html',
-                        **{'Content-Security-Policy': REFERENCE_POLICY})
+        return Page('openapi.html', self._folder / 'openapi-scalar.html',
+                    **{'Content-Security-Policy': REFERENCE_POLICY})
+
+    def _plain(self):
         paths = self._document['paths']
         rows = [(method.upper(), path, shown['summary']) for path in paths
                 for method, shown in paths[path].items()]

@@ -3,7 +3,7 @@ import contextlib
 import re
 
 from _agentbackend.dockerlog import STDERR, STDOUT
-from _agentbackend.errors import ValidationError
+from _agentbackend.errors import quoted, refusal
 
 
 class LogPosition:
@@ -78,7 +78,7 @@ def place_of(event_id):
     """Return the place of a session's event from its id; raise ValidationError for anything else."""
     match = re.fullmatch(r'(\d{1,9})-(\d{1,12}|end)-(\d{1,9})', event_id)
     if not match:
-        raise ValidationError(f'after: {event_id[:80]!r} is no id of an event of a session')
+        raise refusal('after', f'is {quoted(event_id)}, which is no id of an event of a session')
     return int(match[1]), LAST_LINE if match[2] == 'end' else int(match[2]), int(match[3])
 
 
@@ -113,7 +113,7 @@ class Cursor:
                 return cls(match[1], int(match[2]), int(match[3]),
                            LogPosition.parse(match[4]) if match[4] else None,
                            {int(serial): tuple(map(int, place)) or NOT_BEGUN for serial, *place in marks})
-        raise ValidationError(f'after: {text[:80]!r} is no id of an event')
+        raise refusal('after', f'is {quoted(text)}, which is no id of an event')
 
     def __str__(self):
         marks = ''.join(f'~{serial}' if place == NOT_BEGUN else f'~{serial}.{place[0]}.{place[1]}'

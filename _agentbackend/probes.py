@@ -4,18 +4,50 @@ import contextlib
 import http.client
 import logging
 import socket
+import time
 
 import gevent
 
 from _agentbackend.engine import CODE_SERVER_PORT, SSH_PORT
 from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
+from _agentbackend.timing import parse_time
 
 log = logging.getLogger('agentbackend')
 
 PROBE_TIMEOUT = 3  # seconds that a workspace has to say that it is well
-EXIT_CLONE_FAILED = 65  # of the entrypoint
+EXIT_CLONE_FAILED, EXIT_WANTS_PORTS = 65, 66  # of the entrypoint
 LAST_WORDS = 6  # lines of a container's output that an error quotes
+LAST_LINES = 30  # that are looked through for them
+MAX_WARNINGS, MAX_WARNING = 20, 500  # of a start, characters of one
 MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
+
+
+class Start:
+    """What a container tells while it starts."""
+
+    def __init__(self, container_id, warnings=()):
+        self.container_id = container_id
+        # Its last sign of life; when it was last listened for.
+        self.heard_at = self.listened_at = time.monotonic()
+        self.stamp = 0  # of the last line that was read
+        self.warnings = list(warnings)  # those of the container before it too
+        self.ports = []  # that its project wants to have published
+        self.crashes = 0
+        self._is_up = False
+
+    def take(self, text):
+        """Take a line of its log."""
+        if not self._is_up:  # what comes later is no progress: an editor that dies again and again
+            self.heard_at = time.monotonic()
+        said = text.partition('workspace: ')[2] if text.startswith('workspace: ') else ''
+        if said.startswith('warning: ') and len(self.warnings) < MAX_WARNINGS:
+            self.warnings.append(said.removeprefix('warning: ')[:MAX_WARNING])
+        elif said.startswith('forward '):
+            self.ports = [int(word) for word in said.split()[1:] if word.isdigit()
+                          and 0 < int(word) < 65536][:20]
+        elif ' ended with status ' in said:
+            self.crashes += 1
+        self._is_up = self._is_up or said.startswith('started in ')
 
 
 class Probes:
@@ -64,11 +96,26 @@ class Probes:
         return f'The container ended with exit code {container.exit_code}. It printed last: {words}'
 
     def last_words(self, container):
-        """Return the last lines that a container printed."""
+        """Return the last lines that a container printed; without what the entrypoint tells of itself, if
+        there are others."""
         printed = []
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # somebody removes it just now
-            printed = [line for lines in self._engine.log_lines(container, tail=LAST_WORDS) for line in lines]
-        return '\n'.join(text.strip() for _, _, text in printed if text.strip()) or '(nothing)'
+            printed = [text.strip() for lines in self._engine.log_lines(container, tail=LAST_LINES)
+                       for _, _, text in lines if text.strip()]
+        others = [text for text in printed if not text.startswith(('workspace: ', 'Cloning into '))]
+        return '\n'.join((others or printed)[-LAST_WORDS:]) or '(nothing)'
+
+    def listen(self, start, container, *, pause=0):
+        """Take what a container has told since it started, unless that was done less than `pause` seconds
+        ago."""
+        if time.monotonic() - start.listened_at < pause:
+            return
+        start.listened_at, begun = time.monotonic(), int(parse_time(container.started_at) * 1e9)
+        with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
+            for lines in self._engine.log_lines(container, since=max(begun, start.stamp + 1)):
+                for _, stamp, text in lines:
+                    start.take(text)
+                    start.stamp = max(start.stamp, stamp)
 
     def usage(self, workspace_id):
         """Return the last measurement of a workspace, {cpu_percent, memory, memory_limit}, or None; never

@@ -1,12 +1,18 @@
 """What a workspace's container is made of: names, labels, environment, files and limits."""
 import json
+import re
+import shlex
 import socket
-from pathlib import Path
 
-from _agentbackend.engine import CODE_SERVER_PORT, PREFIX, SSH_PORT
+from _agentbackend.drafts import CREDENTIALS, KEY
+from _agentbackend.engine import CODE_SERVER_PORT, PREFIX, SSH_PORT, USER, USER_ID
+from _agentbackend.errors import refusal
 from _agentbackend.records import AGENT
 
 SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint reads
+# Of the variables of a workspace those that everything in it has, editor and clone too; dev's shells have the
+# others.
+FOR_ALL = re.compile(r'(?i:(http|https|ftp|all|no)_proxy)|GIT_SSL_[A-Z_]+|TZ')
 INSIDE = {'codeServer': CODE_SERVER_PORT, 'ssh': SSH_PORT}
 
 
@@ -37,32 +43,46 @@ class Recipe:
         config = self._config
         return {
             'name': self.name(workspace.name), 'image': image, 'network': network,
-            'env': workspace.env | self.reserved_environment(workspace),
+            'env': {name: value for name, value in workspace.env.items() if FOR_ALL.fullmatch(name)}
+            | self.reserved_environment(workspace),
             'labels': self.labels(workspace) | {f'{PREFIX}.ports': json.dumps(workspace.ports)},
-            'volume': self._engine.volume_of(workspace.id), 'mount': config.workspace_base_path,
+            'volumes': {config.workspace_base_path: self._engine.volume_of(workspace.id),
+                        f'/home/{USER}': self._engine.home_of(workspace.id)},
             'ports': {INSIDE.get(key) or int(key): port for key, port in workspace.ports.items()},
             'bind_address': config.workspace_bind_address, 'memory': workspace.memory,
-            'cpus': workspace.cpus or self._default_cpus(), 'pids': config.workspace_pids,
+            'cpus': self.cpus_of(workspace), 'pids': config.workspace_pids,
             'new_privileges': workspace.type != AGENT}
 
-    def files(self, workspace, credentials):
-        """Return the files that the entrypoint reads, {path: (bytes, mode)}."""
-        keys = [key.strip() for key in self._shared_keys() + workspace.ssh_public_keys if key.strip()]
-        files = {'password': (f'{workspace.password}\n'.encode(), 0o600),
-                 'authorized_keys': (''.join(f'{key}\n' for key in keys).encode(), 0o644)}
-        if credentials:
-            files['git-credentials'] = (credentials.encode(), 0o600)
+    def files(self, workspace, once=None):
+        """Return the files that a workspace reads, {path: (bytes, mode, owner)}; `once` are secrets for its
+        first clone.
+
+        A secret that was taken back is an empty file.
+        """
+        keys = [key.strip() for key in self._config.shared_keys() + workspace.ssh_public_keys if key.strip()]
+        identity = {'name': workspace.git_user_name, 'email': workspace.git_user_email}
+        lines = ''.join(f'\t{name} = {quoted(text)}\n' for name, text in identity.items() if text)
+        public = {'authorized_keys': ''.join(f'{key}\n' for key in keys), 'env': shell_lines(workspace.env),
+                  'gitconfig': f'[user]\n{lines}'}
+        if workspace.setup:
+            public['setup'] = workspace.setup
+        secret = {name: workspace.git_access.get(name, '') for name in (CREDENTIALS, KEY)}
+        secret |= {f'{name}-once': text for name, text in (once or {}).items()}
+        files = {'password': (f'{workspace.password}\n'.encode(), 0o600, 0)}
+        files |= {name: (text.encode(), 0o644, 0) for name, text in public.items()}
+        files |= {name: (text.encode(), 0o600, USER_ID) for name, text in secret.items()}
         return {f'{SETTINGS_FOLDER}/{name}': content for name, content in files.items()}
 
-    def reserved_environment(self, workspace=None):
-        """Return the variables that a workspace is given by us; without a record their names, for nothing."""
+    def reserved_environment(self, workspace):
+        """Return the variables that a workspace is given by us."""
         base = self._config.workspace_base_path
-        values = {'WORKSPACE_ID': 'id', 'WORKSPACE_NAME': 'folder', 'WORKSPACE_TYPE': 'type',
-                  'GIT_URL': 'git_url',
-                  'GIT_BRANCH': 'git_branch'}
-        return {name: getattr(workspace, key, '') for name, key in values.items()} | {
-            'WORKSPACE_BASE_PATH': base, 'PROJECT_DIR': f"{base}/{getattr(workspace, 'folder', '')}",
-            'SSH_ENABLED': '1' if getattr(workspace, 'ssh', False) else '0'}
+        return {'WORKSPACE_ID': workspace.id, 'WORKSPACE_NAME': workspace.folder,
+                'WORKSPACE_TYPE': workspace.type,
+                'WORKSPACE_PORTS': ' '.join(key for key in workspace.ports if key.isdigit()),
+                'WORKSPACE_BASE_PATH': base, 'PROJECT_DIR': f'{base}/{workspace.folder}',
+                'SSH_ENABLED': '1' if workspace.ssh else '0', 'GIT_URL': workspace.git_url,
+                'GIT_BRANCH': workspace.git_branch,
+                'GIT_DEPTH': str(workspace.git_depth or ''), 'GIT_FILTER': workspace.git_filter or ''}
 
     def labels(self, workspace):
         """Return what is known of a workspace when the state is lost; no environment, no keys, no
@@ -78,14 +98,45 @@ class Recipe:
                   'spec': json.dumps(spec)}
         return {f'{PREFIX}.{key}': value for key, value in values.items()}
 
-    def _default_cpus(self):
+    def cpus_of(self, workspace):
+        """Return how many cores a workspace may use: what it asks for, or the default as far as there are so
+        many."""
+        return workspace.cpus or min(self._config.workspace_cpus, self._engine_cpus())
+
+    def check_limits(self, body):
+        """Raise ValidationError for limits that the engine does not have."""
+        if (body.get('cpus') or 0) > self._engine_cpus():
+            raise refusal('cpus',
+                          f"is {body['cpus']:g}, which is more than this machine has ({self._engine_cpus()})")
+
+    def _engine_cpus(self):
         if self._cpus is None:
             self._cpus = self._engine.info()['cpus']
-        return min(self._config.workspace_cpus, self._cpus)
+        return self._cpus
 
-    def _shared_keys(self):
-        path = self._config.ssh_authorized_keys
-        return Path(path).read_text().splitlines() if path else []
+
+def shell_lines(env):
+    """Return an environment as lines that a shell reads. PATH goes before the one that is there."""
+    lines = []
+    for name, value in env.items():
+        if name == 'PATH':
+            folders = [folder for folder in value.split(':') if folder not in ('', '$PATH', '${PATH}')]
+            lines.append(f"export PATH={shlex.quote(':'.join(folders))}:\"$PATH\"\n")
+        else:
+            lines.append(f'export {name}={shlex.quote(value)}\n')
+    return ''.join(lines)
+
+
+def read_shell_lines(text):
+    """Return the environment that `shell_lines` has written."""
+    found = dict(word.partition('=')[::2] for word in shlex.split(text) if word != 'export')
+    return found | ({'PATH': found['PATH'].removesuffix(':$PATH')} if 'PATH' in found else {})
+
+
+def quoted(text):
+    """Return a text as the value of a line in git's configuration."""
+    escaped = text.replace('\\', r'\\').replace('"', r'\"')
+    return f'"{escaped}"'
 
 
 def is_bindable(address, port):

@@ -1,4 +1,5 @@
 """What is known of a workspace, a run and a session, as records that a file can hold."""
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ CREATING, RUNNING, STOPPING, STOPPED, ERROR, DELETING = STATUSES
 SETTLED = frozenset((RUNNING, STOPPED, ERROR))  # no job is at work on it
 COMPLETED, FAILED, CANCELLED = 'completed', 'failed', 'cancelled'  # of a run, beside RUNNING
 PERSISTENT, TEMPORARY, AGENT = 'persistent', 'temporary', 'agent'
+MAX_TITLE = 100  # characters
 
 
 @dataclass
@@ -31,7 +33,14 @@ class Workspace:
     ssh: bool = True
     git_url: str = ''
     git_branch: str = ''
-    has_credentials: bool = False
+    git_depth: int = None
+    git_filter: str = None
+    git_user_name: str = ''
+    git_user_email: str = ''
+    # Name of a file in the container -> the secret that is kept in it.
+    git_access: dict = field(default_factory=dict)
+    has_credentials: bool = False  # it was given some for the first clone, which are kept nowhere
+    setup: str = ''
     env: dict = field(default_factory=dict)
     cpus: float = 0
     memory: int = 0
@@ -44,7 +53,13 @@ class Workspace:
     container_id: str = ''
     ever_ran: bool = False
     error: str = ''
+    warnings: list = field(default_factory=list)  # what its last start told that did not end well
     runs_begun: int = 0
+
+    @property
+    def wants_other_ports(self):
+        """Whether its next container is to publish other ports than this one."""
+        return set(map(str, self.wanted_ports)) != {key for key in self.ports if key.isdigit()}
 
     @property
     def expires_at(self):
@@ -56,9 +71,8 @@ class Workspace:
 
     def copy(self):
         """Return a copy that shares nothing with this one."""
-        return dataclasses.replace(self, ports=dict(self.ports), wanted_ports=list(self.wanted_ports),
-                                   env=dict(self.env),
-                                   labels=dict(self.labels), ssh_public_keys=list(self.ssh_public_keys))
+        return dataclasses.replace(self, **{name: copy.copy(value) for name, value in vars(self).items()
+                                            if isinstance(value, (dict, list))})
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Session:
     """A conversation with an agent in one workspace; like Run, a record that never changes.
 
     The agent has an id of its own for it, and counts its cost from the beginning. `count` is how many runs it
-    had, `last` the last one.
+    had, `last` the last one. `title` is of its first task; earlier versions kept none.
     """
 
     id: str
@@ -107,6 +121,13 @@ class Session:
     total_cost_usd: float = 0
     count: int = 0
     last: Run = None
+    title: str = ''
+
+
+def title_of(task):
+    """Return what a session is called after its first task: the first line of it that says something."""
+    line = next((line.strip() for line in task.splitlines() if line.strip()), '')
+    return line if len(line) <= MAX_TITLE else f'{line[:MAX_TITLE - 1].rstrip()}…'
 
 
 def record_of(kind, values):
@@ -118,8 +139,9 @@ def record_of(kind, values):
     for item in dataclasses.fields(kind):
         value = getattr(record, item.name)
         wanted = (int, float) if item.type is float else item.type
-        if not (value is None and item.default is None) and (not isinstance(value, wanted)
-                                                             or isinstance(value, bool) != (wanted is bool)):
+        may_be_none = value is None and item.default is None
+        if not may_be_none and (
+                not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)):
             raise ValueError(f'{kind.__name__}: {item.name} is {value!r:.100}')
     return record
 

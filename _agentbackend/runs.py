@@ -1,33 +1,36 @@
 """Commands in workspaces that outlive everybody: each has a folder in the volume with its input, output and
 end."""
 import contextlib
+import itertools
 
 from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import USER
-from _agentbackend.errors import DockerError, ValidationError
+from _agentbackend.errors import DockerError, refusal
+from _agentbackend.translators import parse_status
 
-# Is printed first: an engine that could not run the command says so in its place, on stdout too.
-BEGUN = b'\x06'
+# One is printed first: an engine that could not run the command says so in its place, on stdout too.
+STAMPED, PLAIN = b'\x06', b'\x05'  # agent-run's log; the agent's stdout alone, as earlier versions kept it
 SIGNAL_TIMEOUT = 5  # seconds that it may take to send a signal
 FOLDERS_AT_ONCE = 500  # that one command deletes
 MAX_STATUS = 100  # bytes
-LAST_WORDS = 8000  # bytes of stderr
 # Makes the folder of a run and takes its input from stdin, so many bytes: arguments would show in the
-# engine's events.
+# engine's events. Prints the shell in which the command is to run, which knows the workspace's environment.
 PREPARE = '''
 command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
 command -v "$2" >/dev/null || { echo "$2"; exit 127; }
-umask 077; mkdir -p "$1" && head -c "$3" >"$1/task"
+umask 077; mkdir -p "$1" && head -c "$3" >"$1/task" || exit
+if [ -x /usr/local/lib/agentbackend/bash ]; then echo /usr/local/lib/agentbackend/bash; else command -v sh; fi
 '''
 # Prints what the run has written from a byte on, as it comes; ends with the run, and then prints its status
 # on stderr. The reader is known to be gone when stdin ends, so that a server that was killed leaves no `tail`
-# behind.
+# behind. The first byte tells the form; an agent-run of an earlier version writes another one.
 FOLLOW = '''
-exec 4>&2 2>/dev/null; printf '\\006'
+exec 4>&2 2>/dev/null
 n=0; while [ ! -e "$1/pid" ] && [ ! -e "$1/exit" ] && [ $n -lt 200 ]; do sleep 0.05; n=$((n+1)); done
-if [ -e "$1/exit" ]; then tail -c "+$2" "$1/out"; else
+if [ -e "$1/log" ]; then file=log; pid=keeper; printf '\006'; else file=out; pid=pid; printf '\005'; fi
+if [ -e "$1/exit" ]; then tail -c "+$2" "$1/$file"; else
   exec 3<&0
-  tail -c "+$2" -f -s 0.1 --pid="$(cat "$1/pid")" "$1/out" & t=$!
+  tail -c "+$2" -f -s 0.1 --pid="$(cat "$1/$pid")" "$1/$file" & t=$!
   { read -r _ <&3; kill "$t"; } & w=$!
   wait "$t" || true; kill "$w"
 fi
@@ -43,7 +46,7 @@ class Following:
 
     def __init__(self, pieces):
         self._pieces = pieces
-        self.begun = False  # it is read where it is written, so that it is known whether the run has ended
+        self.stamped = None  # the form of the bytes, once it is known
         self.status = None
 
     def __iter__(self):
@@ -52,10 +55,10 @@ class Following:
         for stream, data in self._pieces:
             if stream == STDERR:
                 told = (told + data)[:MAX_STATUS]
-            elif self.begun:
+            elif self.stamped is not None:
                 yield data
-            elif data[:1] == BEGUN:
-                self.begun = True
+            elif data[:1] in (STAMPED, PLAIN):
+                self.stamped = data[:1] == STAMPED
                 yield data[1:]
             else:
                 return
@@ -75,24 +78,28 @@ class Runs:
         return f'{self._base_path}/.agentbackend/runs/{run_id}'
 
     def prepare(self, container, run_id, program, data):
-        """Make the folder of a run with its input; raise ValidationError when the image lacks what it
-        needs."""
+        """Make the folder of a run with its input, and return the shell for its command; raise
+        ValidationError when the image lacks what it needs."""
         command = ['sh', '-c', PREPARE, 'sh', self.folder(run_id), program, str(len(data))]
         code, said = self._engine.run(container.id, command, user=USER, stdin=data)
         said = said.decode('utf-8', 'replace').strip()
         if 'unable to find user' in said:  # the engine says that in the place of the command
-            raise ValidationError(f'agent: the image of this workspace has no user {USER!r}, as whom agents '
-                                  'work')
+            raise refusal('agent', f'needs the user {USER}, whom the image of this workspace has not')
         if code == 127:
-            raise ValidationError(f'agent: the image of this workspace has no {said!r}, which this agent '
-                                  'needs')
-        if code != 0:
-            raise DockerError(f'The run could not be prepared in the workspace: {said[-500:]}')
+            raise refusal('agent', f'needs {said}, which the image of this workspace has not')
+        if code != 0 or not said:
+            raise DockerError('The run could not be prepared in the workspace: '
+                              f'{said[-500:] or "the engine lost what was printed; try again"}')
+        return said.splitlines()[-1]
 
-    def start(self, container, run_id, command, *, env, workdir):
-        """Start a command, detached from everybody; it reads the input that was prepared."""
-        self._engine.run_detached(container.id, ['agent-run', self.folder(run_id), *command], user=USER,
-                                  env={**env, 'AGENT_RUN_ID': run_id}, workdir=workdir)
+    def start(self, container, run_id, shell, command, *, env, workdir):
+        """Start a command in a shell, detached from everybody; it reads the input that was prepared.
+
+        `env` wins over what the workspace's own environment has.
+        """
+        words = ['agent-run', self.folder(run_id), shell, '-c', 'exec "$@"', shell, *command]
+        self._engine.run_detached(container.id, words, user=USER, workdir=workdir, env={
+            **env, 'WORKSPACE_KEEP': ' '.join(env), 'AGENT_RUN_KEPT_ID': run_id})
 
     def follow(self, container, run_id, offset):
         """Return the Following of a run's output from a byte on."""
@@ -101,20 +108,21 @@ class Runs:
         return Following(self._engine.follow(container.id, command, user=USER, env={'AGENT_RUN_ID': run_id}))
 
     def output(self, container, run_id, limit):
-        """Yield what a run has written, at most `limit` bytes, of a container that may be stopped.
+        """Return (form, pieces) of what a run has written, at most `limit` bytes, of a container that may be
+        stopped.
 
         A file of a workspace may be of any length, and cost the workspace nothing.
         """
-        return self._engine.read_file(container.id, f'{self.folder(run_id)}/out', limit=limit)
+        for form, name in ((STAMPED, 'log'), (PLAIN, 'out')):
+            pieces = self._engine.read_file(container.id, f'{self.folder(run_id)}/{name}', limit=limit)
+            first = next(pieces, None)
+            if first is not None:
+                return form, itertools.chain([first], pieces)
+        return STAMPED, ()
 
     def status(self, container, run_id):
         """Return the exit status that a run has written, or None."""
         return parse_status(self._engine.get_file(container.id, f'{self.folder(run_id)}/exit'))
-
-    def last_words(self, container, run_id):
-        """Return the end of what a run has printed on stderr."""
-        command = ['tail', '-c', str(LAST_WORDS), f'{self.folder(run_id)}/err']
-        return self._engine.run(container.id, command, user=USER)[1].decode('utf-8', 'replace')
 
     def signal(self, workspace_id, boot, run_id, name):
         """Send a signal to the command itself: its children would take an interrupt for their own."""
@@ -155,9 +163,3 @@ class Runs:
         if container is None or not container.up or container.started_at != boot:
             return True
         return self._engine.run(container.id, command, user=USER, timeout=SIGNAL_TIMEOUT)[0] == 0
-
-
-def parse_status(text):
-    """Return the exit status that bytes hold, or None."""
-    text = text[:MAX_STATUS].strip()
-    return int(text) if text.isdigit() and len(text) <= 3 else None

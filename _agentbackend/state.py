@@ -45,6 +45,7 @@ ID_LETTERS = string.ascii_lowercase + string.digits
 RETRY_PAUSE = 1  # seconds until a write that failed is tried again
 CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
 JSON_VERSION = 1  # of the file that earlier versions kept
+RENAMED = {'born': 'ever_ran'}  # fields that it has under another name
 
 
 class State:
@@ -179,10 +180,15 @@ class State:
         self.flush()
 
     def claim_ports(self, workspace_id, *, avoid=frozenset(), is_free=lambda port: True):
-        """Give the workspace the ports that it lacks, and others for those to `avoid`; return the copy."""
+        """Give the workspace the ports that it wants and lacks, and others for those to `avoid`; return the
+        copy.
+
+        Raises PortExhausted; then nothing has changed.
+        """
         with self._lock:
             found = self._find(workspace_id)
-            kept = {key: port for key, port in found.ports.items() if port not in avoid}
+            wanted = {'codeServer', 'ssh', *map(str, found.wanted_ports)}
+            kept = {key: port for key, port in found.ports.items() if port not in avoid and key in wanted}
             found.ports = self._claim(found, kept, set(avoid), is_free)
             result = found.copy()
             self._touch('workspace', workspace_id)
@@ -225,7 +231,7 @@ class State:
         """Return a session; raise SessionNotFound."""
         with self._lock:
             if session_id not in self._sessions:
-                raise SessionNotFound('Session not found')
+                raise SessionNotFound(session_id)
             return self._sessions[session_id]
 
     def sessions(self):
@@ -244,8 +250,9 @@ class State:
         with self._lock:
             session = self._sessions.get(session_id)
             last = session.last if session is not None else None
-            return last if last is not None and last.number == number else self._open_runs.get((session_id,
-                                                                                                number))
+            if last is not None and last.number == number:
+                return last
+            return self._open_runs.get((session_id, number))
 
     def runs(self, session_id, *, after=0, limit=-1):
         """Return the runs of a session that are kept, from the one behind number `after` on, at most `limit`
@@ -300,7 +307,7 @@ class State:
         with self._lock:
             run = self._open_runs.get((session_id, number))
             if run is None:
-                raise SessionNotFound('Session not found')
+                raise SessionNotFound(session_id)
             self._put_run(self._sessions[session_id], dataclasses.replace(run, **changes))
         if flush:
             self.flush()
@@ -313,9 +320,9 @@ class State:
             if session is None or run is None:
                 return
             total = session.total_cost_usd if total_cost_usd is None else total_cost_usd
-            self._put_run(dataclasses.replace(session, conversed=conversed, total_cost_usd=total),
-                          dataclasses.replace(
-run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_at), unswept=unswept))
+            ended = dataclasses.replace(run, state=state, end=end, length=length, unswept=unswept,
+                                        ended_at=max(time.time(), run.started_at))
+            self._put_run(dataclasses.replace(session, conversed=conversed, total_cost_usd=total), ended)
         self.try_flush()
 
     def remove_session(self, session_id):
@@ -369,7 +376,7 @@ run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_
         if found is None:
             found = next((item for item in self._workspaces.values() if item.name == id_or_name), None)
         if found is None:
-            raise WorkspaceNotFound('Workspace not found')
+            raise WorkspaceNotFound(id_or_name)
         return found
 
     def _refuse_taken(self, name, taken_names):
@@ -433,16 +440,16 @@ run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_
             return list(self._open_runs.values())
 
     def _read(self, query, *parameters):
-        return [record_of(Run, values) for values in self._store.read(query,
-                                                                      *parameters)] if self._store else []
+        rows = self._store.read(query, *parameters) if self._store else ()
+        return [record_of(Run, values) for values in rows]
 
     # The file
 
     def _load(self, content):
         """Take the records of the file; raise ValueError for what makes no sense."""
-        workspaces = {item.id: item for item in (record_of(Workspace, values)
-                                                 for values in content['workspaces'])}
-        sessions = {item.id: item for item in (record_of(Session, values) for values in content['sessions'])}
+        def by_id(kind, records):
+            return {item.id: item for item in (record_of(kind, values) for values in records)}
+        workspaces, sessions = by_id(Workspace, content['workspaces']), by_id(Session, content['sessions'])
         runs = sorted((record_of(Run, values) for values in content['runs']), key=lambda run: run.number)
         for run in runs:
             if run.session_id in sessions:
@@ -467,8 +474,7 @@ run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_
             document = json.loads(path.read_bytes())
             if document['version'] > JSON_VERSION:
                 raise ConfigError(self._newer(path))
-            workspaces = [record_of(Workspace, {('ever_ran' if key == 'born' else key): value
-                                                for key, value in item.items()})
+            workspaces = [record_of(Workspace, {RENAMED.get(key, key): value for key, value in item.items()})
                           for item in document['workspaces']]
             sessions = [(record_of(Session, {key: value for key, value in item.items() if key != 'runs'}),
                          [record_of(Run, run) for run in item['runs']])
@@ -588,5 +594,5 @@ run, state=state, end=end, length=length, ended_at=max(time.time(), run.started_
         if kind == 'session':
             return encode_record(self._sessions[key[0]], without='last'),
         run = self._open_runs[tuple(key)]
-        return run.workspace_id, run.serial, run.ended_at, int(run.state == RUNNING
-                                                               or run.unswept), encode_record(run)
+        open_or_unswept = int(run.state == RUNNING or run.unswept)
+        return run.workspace_id, run.serial, run.ended_at, open_or_unswept, encode_record(run)

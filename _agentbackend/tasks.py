@@ -16,14 +16,15 @@ from _agentbackend.errors import (
     EngineUnavailable,
     SessionNotFound,
     Superseded,
-    ValidationError,
     WorkspaceNotRunning,
     internal_error,
+    quoted,
+    refusal,
 )
 from _agentbackend.events import Event
 from _agentbackend.positions import BEGINNING, LAST_LINE, event_id_of
-from _agentbackend.records import CANCELLED, COMPLETED, FAILED, RUNNING, Run, Session
-from _agentbackend.runs import Runs
+from _agentbackend.records import CANCELLED, COMPLETED, FAILED, RUNNING, Run, Session, title_of
+from _agentbackend.runs import STAMPED, Runs
 from _agentbackend.timing import boot_id, cooperatively
 from _agentbackend.translators import CommandLines, Outcome, RunReader, shorten
 
@@ -58,6 +59,7 @@ class Follower:
             self.caught_up.set()
         self.attached = False  # it is read where it is written
         self.heard_at = time.monotonic()
+        self.said = ''  # the last of its words
         self.begun_at = time.monotonic() - seconds_since(run)
         self.stopped_at = None  # when it was first told to end
         self.greenlet = self.watchdog = None
@@ -99,9 +101,8 @@ class Tasks:
         self._claim = claim
         self._runs = Runs(engine, config.workspace_base_path)
         self._agents = configured_agents(config)
-        self._env = config.agent_keys() | {
-            'HOME': f'/home/{USER}',
-            'CLAUDE_CONFIG_DIR': f'{config.workspace_base_path}/.agentbackend/claude'}
+        self._refused = {}  # name of an agent whose key was refused the last time -> in words
+        self._env = config.agent_keys() | {'HOME': f'/home/{USER}', 'PYTHONUNBUFFERED': '1'}
         self._followers = {}  # session id -> Follower
         self._launching = set()  # ids of runs that are being begun by this process
         self._tidying = None
@@ -203,6 +204,10 @@ class Tasks:
 
     # What readers ask
 
+    def agents(self):
+        """Return what keeps each agent from working here, in words, by its name; nothing is ''."""
+        return {name: agent.lacks or self._refused.get(name, '') for name, agent in self._agents.items()}
+
     def wait_until_published(self, topic, *, timeout):
         """Return whether what earlier processes may have told of a workspace or session is published here,
         after a while."""
@@ -247,21 +252,20 @@ class Tasks:
             session = self._state.session(session_id)
         except SessionNotFound:
             agent = self._agent(body.get('agent') or self._config.default_agent)
-            return Session(id=session_id, workspace_id=workspace.id, agent=agent.name, created_at=time.time())
+            return Session(id=session_id, workspace_id=workspace.id, agent=agent.name, created_at=time.time(),
+                           title=title_of(body['task']))
         if session.workspace_id != workspace.id:
-            raise ValidationError(f'sessionId: session {session_id} belongs to another workspace, '
-                                  f'{session.workspace_id}; '
-                                  'choose another id')
+            raise refusal('sessionId', f'is {quoted(session_id)}, a session of another workspace, '
+                                       f'{session.workspace_id}; choose another id')
         if body.get('agent', session.agent) != session.agent:
-            raise ValidationError(f'agent: session {session_id} belongs to agent {session.agent}; choose '
-                                  'another session')
+            raise refusal('agent', f"is {quoted(body['agent'])}, but session {session_id} is with "
+                                   f'{session.agent}; choose another session')
         return session
 
     def _agent(self, name):
         if name not in self._agents:
-            hint = '; set AGENT_COMMAND for it' if name == 'command' else ''
-            raise ValidationError(f"agent: there is no agent {name[:80]!r}{hint}; known are "
-                                  f"{', '.join(self._agents)}")
+            hint = '; set AGENT_COMMAND for that one' if name == 'command' else ''
+            raise refusal('agent', f"is {quoted(name)}, but known are {', '.join(self._agents)}{hint}")
         return self._agents[name]
 
     def _launch(self, workspace, container, session, agent, body):
@@ -269,10 +273,14 @@ class Tasks:
         run = session.last
         try:
             self._state.flush()
-            self._runs.prepare(container, run.id, agent.program,
-                               body['task'].encode('utf-8', 'surrogatepass'))
+            shell = self._runs.prepare(container, run.id, agent.program,
+                                       body['task'].encode('utf-8', 'surrogatepass'))
+            env = self._env | agent.env
+            # Of an earlier version, which kept it there.
+            if self._engine.home_of(workspace.id) not in container.volumes:
+                env['CLAUDE_CONFIG_DIR'] = f'{self._config.workspace_base_path}/.agentbackend/claude'
             try:
-                self._runs.start(container, run.id, agent.command(session, body), env=self._env | agent.env,
+                self._runs.start(container, run.id, shell, agent.command(session, body), env=env,
                                  workdir=f'{self._config.workspace_base_path}/{workspace.folder}')
             except EngineUnavailable as error:
                 log.warning('Whether run %s has begun is seen when the engine is back: %s', run.id, error)
@@ -333,7 +341,9 @@ class Tasks:
             follower.caught_up.set()
         if not alive:
             self._publish(follower, follower.reader.take(b'', ended=True))
-            status = self._runs.status(container, run.id) if container else None
+            status = follower.reader.status
+            if status is None and container:
+                status = self._runs.status(container, run.id)
             if status is not None:
                 lines.end(status)  # it had ended before its container did
             return lines.outcome or INTERRUPTED
@@ -342,7 +352,7 @@ class Tasks:
     def _read_what_there_is(self, follower, container):
         """Take what a run has written so far, of a container that may be stopped."""
         skip = follower.reader.offset
-        for data in cooperatively(self._output_of(container, follower.run)):
+        for data in cooperatively(self._output_of(container, follower.run, follower.reader)):
             new, skip = data[skip:], max(0, skip - len(data))
             self._publish(follower, follower.reader.take(new))
 
@@ -350,12 +360,14 @@ class Tasks:
         run, reader = follower.run, follower.reader
         following = self._runs.follow(container, run.id, reader.offset)
         for data in cooperatively(follower.pieces(following)):
-            follower.attached = True
+            follower.attached, reader.stamped = True, following.stamped
             follower.heard_at = time.monotonic() if data else follower.heard_at
             self._publish(follower, reader.take(data))
             if self._beyond_limits(follower):
                 return self._beyond_limits(follower)
-        status = following.status
+            if reader.status is not None:
+                break
+        status = following.status if reader.status is None else reader.status
         if status is None:
             return None
         was_killed = reader.lines.outcome is None and status > 128 and not self._latest(run).stop
@@ -363,7 +375,9 @@ class Tasks:
             return None  # it was ended along with its workspace
         self._publish(follower, reader.take(b'', ended=True))
         reader.lines.end(status)
-        return reader.lines.outcome or self._silent_end(run, container, status)
+        return reader.lines.outcome or Outcome(
+            False, 'AGENT_FAILED', f'The agent ended with exit code {status} and without a result. '
+            f"It said last: {reader.last_words[-MAX_WORDS:].strip() or '(nothing)'}")
 
     def _beyond_limits(self, follower):
         """Return the outcome of a run that printed too much, or faster than can be told after it was told to
@@ -381,23 +395,21 @@ class Tasks:
         found = self._engine.inspect(container.id)
         return found is None or not found.up or found.started_at != container.started_at
 
-    def _output_of(self, container, run):
+    def _output_of(self, container, run, reader):
+        """Return the bytes of a run, and tell a reader their form."""
         limit = self._config.agent_max_output + 1 if run.length is None else run.length
-        return self._runs.output(container, run.id, limit) if container is not None and limit else ()
-
-    def _silent_end(self, run, container, status):
-        # Before a part of a secret is where it is cut.
-        said = self._events.redact(self._runs.last_words(container, run.id))
-        return Outcome(False, 'AGENT_FAILED',
-                       f'The agent ended with exit code {status} and without a result. '
-                                              f"It said last: {said[-MAX_WORDS:].strip() or '(nothing)'}")
+        if container is None or not limit:
+            return ()
+        form, pieces = self._runs.output(container, run.id, limit)
+        reader.stamped = form == STAMPED
+        return pieces
 
     def _replay_run(self, session, run, *, skip):
         """Yield lists of (place, type, data, time or None) of a run; those of `skip` lines at its beginning
         may be left out."""
         yield [first_event(session, run)]
         reader = self._reader(session, run, skip=skip)
-        for data in self._output_of(self._engine.find(session.workspace_id), run):
+        for data in self._output_of(self._engine.find(session.workspace_id), run, reader):
             yield reader.take(data)
         if run.state != RUNNING:
             yield reader.take(b'', ended=True)
@@ -412,6 +424,8 @@ class Tasks:
             self._events.publish(kind, follower.run.workspace_id, data, run=follower.run, place=place,
                                  timestamp=stamp)
             self.published[follower.session.id] = place
+            if place[1]:  # the first one is ours
+                follower.said = data.get('message') or follower.said
 
     # Ending
 
@@ -424,7 +438,8 @@ class Tasks:
         swept = (outcome.ok and not run.stop) or self._sweep(run, keeper=True)
         kind, data = self._last_event(session, run, outcome)
         self._write_end(session, run, outcome, {'type': kind, 'data': data}, follower, swept)
-        self._events.publish(kind, session.workspace_id, data, run=run, place=(run.number, LAST_LINE, 0))
+        self._events.publish(kind, session.workspace_id, data, run=run, place=(run.number, LAST_LINE, 0),
+                             timestamp=self._latest(run).ended_at)
         self.published[session.id] = (run.number, LAST_LINE, 0)
         self._events.forget(session.id)  # it is told from its files
 
@@ -440,6 +455,10 @@ class Tasks:
 
     def _write_end(self, session, run, outcome, end, follower, swept):
         state = COMPLETED if outcome.ok else CANCELLED if outcome.code == 'AGENT_CANCELLED' else FAILED
+        if outcome.code == 'AGENT_NOT_LOGGED_IN':
+            self._refused[session.agent] = outcome.message
+        elif outcome.ok:
+            self._refused.pop(session.agent, None)
         conversed = session.conversed or (follower is not None and follower.reader.lines.conversed)
         with contextlib.suppress(Superseded):  # its ttl counts from here
             self._state.update(session.workspace_id, flush=False, last_activity_at=time.time())
@@ -506,12 +525,14 @@ class Tasks:
         return interrupted_at
 
     def _check_limits(self, follower, run, now):
-        idle = self._config.agent_idle_timeout
-        if follower.attached and now - follower.heard_at > idle:
+        idle, call = self._config.agent_idle_timeout, follower.reader.lines.open_call
+        if follower.attached and not call and now - follower.heard_at > idle:
             stop = ['AGENT_IDLE_TIMEOUT',
-                    f'The agent said nothing for AGENT_IDLE_TIMEOUT={idle} s, and was ended.']
+                    f'The agent said nothing for AGENT_IDLE_TIMEOUT={idle} s, and was ended.'
+                    + (f' It said last: {follower.said[-MAX_WORDS:]}' if follower.said else '')]
         elif now - follower.begun_at > run.timeout:
-            stop = ['AGENT_TIMEOUT', f'The task took more than its {run.timeout} s, and was ended.']
+            stop = ['AGENT_TIMEOUT', f'The task took more than its {run.timeout} s, and was ended.'
+                    + (f' It was at: {call}' if call else '')]
         else:
             return
         with contextlib.suppress(SessionNotFound):
@@ -530,10 +551,9 @@ class Tasks:
 
 def first_event(session, run):
     """Return (place, type, data, time) of the event that begins a run."""
-    return (run.number, 0, 0), 'log', {'stream': 'agent',
-                                       'message': f'Task {run.number} of session {session.id} is with '
-                                                  f'{session.agent}.',
-                                       'runId': run.id, 'agent': session.agent}, run.started_at
+    message = f'Task {run.number} of session {session.id} is with {session.agent}.'
+    data = {'stream': 'agent', 'message': message, 'runId': run.id, 'agent': session.agent}
+    return (run.number, 0, 0), 'log', data, run.started_at
 
 
 def seconds_since(run):

@@ -59,8 +59,8 @@ def view_time(seconds):
     """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
     if seconds is None:
         return None
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec='milliseconds').replace('+00:00',
-                                                                                                    'Z')
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
 
 
 @functools.lru_cache

@@ -3,14 +3,17 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
 MAX_FIELDS = 50  # of one event
 MAX_PARTS = 1_000_000  # of one line
-LAST_SECOND = 253_370_764_800  # the beginning of year 9999
 MAX_NUMBER = 10**15  # of anything that an agent counts; JavaScript reads it exactly
+# In the place of Claude's own words, which tell to do something that nobody can do here.
+CLAUDE_HAS_NO_KEY = ('Claude has no key on this server. Start it with ANTHROPIC_API_KEY, '
+                     'ANTHROPIC_AUTH_TOKEN or CLAUDE_CODE_OAUTH_TOKEN; workspaces go on meanwhile.')
+CLAUDE_IS_REFUSED = ("Claude's API refused the key (401). Check ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or "
+                     'CLAUDE_CODE_OAUTH_TOKEN of the server, and start it again; workspaces go on meanwhile.')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -95,18 +98,6 @@ def bounded(value):
     return shorten(value) if isinstance(value, str) else value
 
 
-def stamp_of(record):
-    """Return the time that a record bears, in seconds since the epoch; None where there is none, or one that
-    no event could show."""
-    try:
-        stamp = datetime.fromisoformat(re.sub(r'(\.\d{1,6})\d*', r'\1',
-                                              record['timestamp'].replace('Z', '+00:00')))
-        seconds = (stamp if stamp.tzinfo else stamp.replace(tzinfo=timezone.utc)).timestamp()
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-        return None
-    return seconds if 0 <= seconds < LAST_SECOND else None
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. `data` is of the result of a successful one; `code` and `message` say why another
@@ -137,8 +128,8 @@ class CommandLines:
 
     def __init__(self):
         self.outcome = None
-        self.stamp = None
         self.conversed = True
+        self.open_call = ''  # what a tool does that was called and has not answered
 
     @property
     def has_ended(self):
@@ -154,8 +145,8 @@ class CommandLines:
         """Return the events of one line. A result or error record is the end; it becomes the run's last
         event."""
         record = parse_record(text)
-        if record is None or record.get('type') not in self.KINDS or not isinstance(record.get('data', {}),
-                                                                                    dict):
+        if record is None or record.get('type') not in self.KINDS or not isinstance(
+                record.get('data', {}), dict):
             return [('message', {'message': shorten(text)})] if text.strip() else []
         data = {shorten(key, 100): bounded(value)
                 for key, value in list(record.get('data', {}).items())[:MAX_FIELDS]}
@@ -165,8 +156,8 @@ class CommandLines:
             self.outcome = self.outcome or Outcome(True, data=data)
             return []
         if record['type'] == 'error':
-            self.outcome = self.outcome or Outcome(False, str(data.get('code', 'AGENT_FAILED')),
-                                                   str(data.get('message', 'The agent failed.')))
+            code, message = data.get('code', 'AGENT_FAILED'), data.get('message', 'The agent failed.')
+            self.outcome = self.outcome or Outcome(False, str(code), str(message))
             return []
         return [(record['type'], data)]
 
@@ -181,7 +172,6 @@ class ClaudeLines:
 
     def __init__(self):
         self.outcome = None
-        self.stamp = None
         self.conversed = False
         self._begun = False
         self._plan = Plan()
@@ -197,13 +187,17 @@ class ClaudeLines:
         record = parse_record(text)
         if record is None:
             return [('log', {'stream': 'agent', 'message': shorten(text)})] if text.strip() else []
-        self.stamp = stamp_of(record) or self.stamp
         read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user,
                 'result': self._read_result}
         try:
             return list(read.get(record.get('type'), lambda _: ())(record))
         except (TypeError, AttributeError, KeyError):
             return []  # a record of a shape that no release has had so far; the run goes on without it
+
+    @property
+    def open_call(self):
+        """What a tool does that was called and has not answered; Claude has limits of its own for that."""
+        return next((title for _, title, _ in self._tools.values()), '')
 
     @property
     def has_ended(self):
@@ -235,6 +229,8 @@ class ClaudeLines:
                                      f"{record.get('max_retries')} follows."}
 
     def _read_assistant(self, record):
+        if record.get('error') == 'authentication_failed':
+            return  # the result says it again, and we in our words
         self.conversed = True
         inner = record.get('parent_tool_use_id') is not None
         for block in blocks_of(record):
@@ -248,9 +244,9 @@ class ClaudeLines:
         name, body = block.get('name', ''), block.get('input') if isinstance(block.get('input'), dict) else {}
         if name == 'TodoWrite':
             if not inner:
-                yield from self._plan.steps([(item.get('activeForm') or item.get('content', ''),
-                                              item.get('status'))
-                                             for item in body.get('todos', ()) if isinstance(item, dict)])
+                yield from self._plan.steps([
+                    (item.get('activeForm') or item.get('content', ''), item.get('status'))
+                    for item in body.get('todos', ()) if isinstance(item, dict)])
             return
         if name in ('TaskCreate', 'TaskUpdate', 'TaskList', 'TaskGet'):
             self._calls_to_come[block.get('id')] = None if inner else (name, body)
@@ -279,8 +275,8 @@ class ClaudeLines:
             return
         name, body = call
         if name == 'TaskCreate' and isinstance(result.get('task'), dict):
-            self._tasks[str(result['task'].get('id'))] = [body.get('activeForm') or body.get('subject', ''),
-                                                          'pending']
+            title = body.get('activeForm') or body.get('subject', '')
+            self._tasks[str(result['task'].get('id'))] = [title, 'pending']
         elif name == 'TaskUpdate' and str(result.get('taskId')) in self._tasks:
             state = (result.get('statusChange') or {}).get('to') or body.get('status')
             if state == 'deleted':
@@ -315,10 +311,10 @@ class ClaudeLines:
         errors = ' '.join(str(item) for item in list_of(record, 'errors'))
         if str(record.get('subtype')) in self.ENDS:
             return self.ENDS[record['subtype']]
-        if 'Not logged in' in text or 'Invalid API key' in text or record.get('api_error_status') == 401:
-            return 'AGENT_NOT_LOGGED_IN', (f'{shorten(text)} Set ANTHROPIC_API_KEY, ANTHROPIC_AUTH_TOKEN or '
-                                           'CLAUDE_CODE_OAUTH_TOKEN in the '
-                                           'environment of the server, and start it again.')
+        if 'Not logged in' in text:
+            return 'AGENT_NOT_LOGGED_IN', CLAUDE_HAS_NO_KEY
+        if 'Invalid API key' in text or record.get('api_error_status') == 401:
+            return 'AGENT_NOT_LOGGED_IN', CLAUDE_IS_REFUSED
         if 'No conversation found' in errors:
             return ('AGENT_UNKNOWN_CONVERSATION',
                     f'{errors} The next task of the session begins a new conversation.')
@@ -341,8 +337,8 @@ def list_of(record, name):
 
 def blocks_of(record):
     """Return the content blocks of a message record."""
-    content = (record.get('message') or {}).get('content') if isinstance(record.get('message'),
-                                                                         dict) else None
+    message = record.get('message')
+    content = message.get('content') if isinstance(message, dict) else None
     return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
 
 
@@ -358,47 +354,100 @@ def tool_title(name, body):
 # Runs
 # ---------------------------------------------------------------------------------------------
 
+# Letters in agent-run's log, of which STDOUT and STDERR are capitals where the line goes on.
+STDOUT, STDERR, EXIT = b'o', b'e', b'x'
+STAMPED = re.compile(rb'(\d{1,13}) ([oeOEx]) (.*)', re.S)
+PIECE = 65536  # bytes
+
+
 class RunReader:
     """Makes events of the bytes that a run has written: always the same ones, with the same ids, from the
-    same bytes."""
+    same bytes.
+
+    `stamped` tells the form of the bytes: agent-run's log, in which each line has its time and its stream, or
+    what earlier versions kept, the agent's stdout alone.
+    """
 
     def __init__(self, number, lines, redact=str, *, skip=0):
         self.number = number
         self.lines = lines
+        self.stamped = True
         self._skip = skip if lines.independent else 0  # lines at the beginning whose events nobody wants
         # Takes secrets out of a line, before a shortened message can hold a part of one.
         self._redact = redact
         self.offset = 0  # bytes taken
         self.count = 0  # lines
+        self.status = None  # the exit status, once the log has told it
+        self.last_words = ''  # of stderr
         self._rest = bytearray()
-        self._too_long = False
+        self._pieces = {STDOUT: Pieces(), STDERR: Pieces()}
 
     def take(self, data, *, ended=False):
-        """Return [(place, type, data, time as the agent wrote it or None)] of the lines that these bytes
+        """Return [(place, type, data, seconds since the epoch or None)] of the lines that these bytes
         complete; at the end a last one needs no line end."""
         self.offset += len(data)
         self._rest += data
         if b'\n' not in data and not ended:
-            if len(self._rest) > MAX_LINE:
-                self._rest.clear()
-                self._too_long = True
+            if not self.stamped and len(self._rest) > PIECE:
+                self._pieces[STDOUT].add(self._rest)
+                self._rest = bytearray()
             return []
         *lines, rest = bytes(self._rest).split(b'\n')
         self._rest = bytearray(rest)
-        if ended and (rest or self._too_long):
+        if ended and (rest or self._pieces[STDOUT].parts):
             self._rest.clear()
             lines.append(rest)
         return [event for line in lines for event in self._line(line)]
 
     def _line(self, line):
         self.count += 1
-        if self.count <= self._skip:
-            self._too_long = False
+        match = STAMPED.fullmatch(line)
+        if self.stamped and match is None:
+            return []  # where the writer was killed
+        stamp, stream, text = match.groups() if self.stamped else (None, STDOUT, line)
+        if stream == EXIT:
+            self.status = parse_status(text)
             return []
-        too_long, self._too_long = self._too_long or len(line) > MAX_LINE, False
-        events = [('log',
-                   {'stream': 'agent',
-                    'message': f'A line of more than {MAX_LINE} bytes was left out.'})] if too_long \
-            else self.lines.line(self._redact(line.decode('utf-8', 'replace')))
-        return [((self.number, self.count, index), kind, data, self.lines.stamp)
-                for index, (kind, data) in enumerate(events)]
+        pieces = self._pieces[stream.lower()]
+        pieces.add(text)
+        if stream.isupper():
+            return []
+        whole = pieces.take()
+        if self.count <= self._skip:
+            return []
+        return [((self.number, self.count, index), kind, data, int(stamp) / 1000 if stamp else None)
+                for index, (kind, data) in enumerate(self._events(stream, whole))]
+
+    def _events(self, stream, line):
+        if line is None:
+            return [('log',
+                     {'stream': 'agent', 'message': f'A line of more than {MAX_LINE} bytes was left out.'})]
+        text = self._redact(line.decode('utf-8', 'replace'))
+        if stream == STDOUT:
+            return self.lines.line(text)
+        self.last_words = (self.last_words + text[-MAX_WORDS:] + '\n')[-MAX_WORDS:]
+        return [('log', {'stream': 'stderr', 'message': shorten(text)})] if text.strip() else []
+
+
+def parse_status(text):
+    """Return the exit status that bytes hold, or None."""
+    return int(text) if text.strip().isdigit() and len(text.strip()) <= 3 else None
+
+
+class Pieces:
+    """A line that comes in pieces, as far as it is not too long."""
+
+    def __init__(self):
+        self.parts = []
+        self._size = 0
+
+    def add(self, part):
+        """Add a piece."""
+        self._size += len(part)
+        self.parts = [*self.parts, part] if self._size <= MAX_LINE else [b'']
+
+    def take(self):
+        """Return the line and begin the next one; None in the place of one that is too long."""
+        line = b''.join(self.parts) if self._size <= MAX_LINE else None
+        self.parts, self._size = [], 0
+        return line

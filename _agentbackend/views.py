@@ -1,8 +1,9 @@
 """Records as the objects of the API."""
+import contextlib
 import json
 
 from _agentbackend.engine import USER
-from _agentbackend.records import RUNNING
+from _agentbackend.records import RUNNING, title_of
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
@@ -19,15 +20,18 @@ def view_workspace(workspace):
             'expiresAt': view_time(workspace.expires_at)}
 
 
-def view_workspace_details(workspace, usage, config):
-    """Return a workspace with everything that is known of it; `usage` is its last measurement or None."""
+def view_workspace_details(workspace, usage, config, called):
+    """Return a workspace with everything that is known of it; `usage` is its last measurement or None,
+    `called` the name by which who asks knows this machine."""
     address = config.workspace_bind_address
-    host = config.workspace_host or {'0.0.0.0': 'localhost', '::': 'localhost'}.get(address, address)
+    everywhere = address in ('0.0.0.0', '::')
+    host = config.workspace_host or (called or 'localhost' if everywhere else address)
+    shared = 0
+    with contextlib.suppress(OSError):
+        shared = len([line for line in config.shared_keys() if line.strip()])
     netloc = f'[{host}]' if ':' in host else host
     project = f'{config.workspace_base_path}/{workspace.folder}'
     editor, ssh = workspace.ports.get('codeServer'), workspace.ports.get('ssh')
-    if usage is None and workspace.status == RUNNING:  # the engine takes a second to measure
-        usage = {'cpu_percent': 0.0, 'memory': 0, 'memory_limit': workspace.memory}
     # Each workspace has host keys of its own, and ports are used again: without the alias, ssh would cry
     # wolf.
     return view_workspace(workspace) | {
@@ -36,17 +40,28 @@ def view_workspace_details(workspace, usage, config):
         'codeServerPassword': workspace.password,
         'sshCommand': f'ssh -p {ssh} -o HostKeyAlias={workspace.id} {USER}@{host}' if ssh else None,
         'gitUrl': workspace.git_url or None, 'gitBranch': workspace.git_branch or None,
-        'labels': workspace.labels, 'error': workspace.error or None, 'ttl': workspace.ttl,
+        'gitCredentials': 'kept' if workspace.git_access else None,
+        'sshKeys': len(workspace.ssh_public_keys) + shared,
+        'env': sorted(workspace.env), 'cpus': workspace.cpus or None, 'memory': workspace.memory,
+        'labels': workspace.labels, 'error': workspace.error or None, 'warnings': workspace.warnings,
+        'pending': ['ports'] if workspace.ports and workspace.wants_other_ports else [], 'ttl': workspace.ttl,
         'lastActivityAt': view_time(workspace.last_activity_at),
-        'resources': usage and {'cpuPercent': usage['cpu_percent'], 'memoryUsage': usage['memory'],
-                                'memoryLimit': usage['memory_limit']}}
+        'resources': view_usage(workspace, usage)}
+
+
+def view_usage(workspace, usage):
+    """Return what a workspace uses by its last measurement, which may be None; None if it does not run."""
+    if usage is None and workspace.status == RUNNING:  # the engine takes a second to measure
+        usage = {'cpu_percent': 0.0, 'memory': 0, 'memory_limit': workspace.memory}
+    return usage and {'cpuPercent': usage['cpu_percent'], 'memoryUsage': usage['memory'],
+                      'memoryLimit': usage['memory_limit']}
 
 
 def view_session(session):
     """Return a session as a list shows it."""
     last = session.last
-    return {'id': session.id, 'workspaceId': session.workspace_id, 'agent': session.agent,
-            'state': last.state,
+    return {'id': session.id, 'title': session.title or title_of(last.task),
+            'workspaceId': session.workspace_id, 'agent': session.agent, 'state': last.state,
             'createdAt': view_time(session.created_at),
             'lastActivityAt': view_time(last.ended_at or last.started_at), 'runs': session.count}
 
@@ -75,8 +90,13 @@ def view_image(state):
     shown = {'image': state['image'], 'state': state['state']}
     if state['error']:
         shown['error'] = state['error']
-    if state['building_since']:
-        shown['buildingSince'] = view_time(state['building_since'])
+    build = state['build']
+    if build:
+        shown['buildingSince'] = view_time(build.started_at)
+        if build.steps:
+            shown |= {'step': build.step, 'steps': build.steps}
+        if build.lines:
+            shown['lastLine'] = build.lines[-1]
     return shown
 
 
@@ -103,7 +123,13 @@ def view_frame(event):
 
 def encode(value):
     """Return a value as JSON bytes with a line end, which a shell is grateful for."""
-    return json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace') + b'\n'
+    data = json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace') + b'\n'
+    # Many readers of SSE take these for the end of a line: U+0085, U+2028 and U+2029.
+    if b'\xc2\x85' in data or b'\xe2\x80' in data:
+        for raw, escaped in ((b'\xc2\x85', b'\\u0085'), (b'\xe2\x80\xa8', b'\\u2028'),
+                             (b'\xe2\x80\xa9', b'\\u2029')):
+            data = data.replace(raw, escaped)
+    return data
 
 
 def view_error(error):

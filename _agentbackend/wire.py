@@ -317,8 +317,7 @@ class Handler(WebSocketHandler):
         names = [line.partition(b':')[0].lower() for line in lines]
         lengths = [line for line, name in zip(lines, names, strict=True)
                    if name in (b'content-length', b'transfer-encoding')]
-        if len(lengths) > 1 or names.count(b'host') > 1 or not all(LENGTH.fullmatch(line)
-                                                                   for line in lengths):
+        if len(lengths) > 1 or names.count(b'host') > 1 or not all(map(LENGTH.fullmatch, lengths)):
             raise ValueError('it is not clear how long the body is, or for which host')
         rest, self.rfile = self.rfile, io.BytesIO(b''.join(lines) + b'\r\n')
         try:

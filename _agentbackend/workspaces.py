@@ -1,31 +1,31 @@
 """The life of workspaces: create, start, stop, restart, change and remove, each with its job."""
 import contextlib
+import dataclasses
 import logging
-import secrets
 import time
 
 import gevent
 import gevent.event
 import gevent.lock
 
+from _agentbackend.drafts import changes_of, draft, git_fields
 from _agentbackend.errors import (
     BackendError,
     ConflictOnEngine,
     DockerError,
     EngineUnavailable,
+    PortExhausted,
     PortTaken,
     StateNotWritten,
     Superseded,
     WorkspaceAlreadyExists,
     WorkspaceNotFound,
     WorkspaceNotRunning,
-    refusal,
 )
 from _agentbackend.events import DELETED
-from _agentbackend.giturls import split_credentials
+from _agentbackend.probes import EXIT_WANTS_PORTS, Start
 from _agentbackend.recipe import Recipe
 from _agentbackend.records import (
-    AGENT,
     CREATING,
     DELETING,
     ERROR,
@@ -35,14 +35,16 @@ from _agentbackend.records import (
     STOPPED,
     STOPPING,
     TEMPORARY,
-    Workspace,
 )
 
 log = logging.getLogger('agentbackend')
 
 PORT_ATTEMPTS = 5
-MAX_LABELS = 100  # of a workspace
 READY_PAUSE = 0.1  # seconds between looks at a workspace that starts
+LISTEN_PAUSE = 2  # seconds between looks into its log
+MAX_CRASHES = 5  # of its editor, which is started again a second later
+# Fields that are files in the container, which are written again as soon as they change.
+IN_FILES = {'env', 'ssh_public_keys', 'git_access', 'git_user_name', 'git_user_email'}
 
 
 class Workspaces:
@@ -59,8 +61,8 @@ class Workspaces:
         self.recipe = Recipe(config, engine)
         self._jobs = {}  # id -> greenlet of its last job
         self._cancelled = {}  # id -> event that is set when the job at work has lost its purpose
-        # Id -> line for git's credential store, only here and only until the container has it.
-        self._credentials = {}
+        # Id -> {name of a file: secret} for its first clone, only here and only until that is done.
+        self._once = {}
         self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
 
     # Verbs
@@ -68,18 +70,15 @@ class Workspaces:
     def create(self, body):
         """Reserve a workspace for a checked body of POST /api/workspaces and begin to make it; return its
         record."""
-        template = body.get('template', self._config.default_template)
-        self._templates.tag(template)
-        if 'gitBranch' in body and 'gitUrl' not in body:
-            raise refusal('gitBranch', 'it needs a gitUrl')
-        url, credentials = split_credentials(body.get('gitUrl', ''))
+        record, once = draft(body, self._config)
+        self._templates.tag(record.template)
         self._claim.check()
         names, ports = self._engine.taken()
-        workspace = self._state.reserve(self._draft(body, template, url, bool(credentials)), flush=False,
-                                        taken_names=self.recipe.names_of(names), taken_ports=ports,
+        self.recipe.check_limits(body)
+        workspace = self._state.reserve(record, flush=False, taken_names=self.recipe.names_of(names),
+                                        taken_ports=ports,
                                         is_free=self.recipe.is_free)
-        if credentials:
-            self._credentials[workspace.id] = credentials
+        self._once[workspace.id] = once
         self._announce(workspace)
         self._begin(workspace.id, self._bring_up)
         try:
@@ -97,10 +96,22 @@ class Workspaces:
         if workspace.status in (RUNNING, CREATING):
             return workspace
         if workspace.status == ERROR and not workspace.ever_ran:
-            raise WorkspaceNotRunning(f'Workspace {workspace.name} was never made ({workspace.error}). '
-                                      'Delete it and create it again.')
+            raise WorkspaceNotRunning(f'{workspace.name} has no container, because it was never made: '
+                                      f'{workspace.error} '
+                                      'Retry it, with another gitUrl if need be, or delete it.')
         self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
         return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time())
+
+    def retry(self, id_or_name, body):
+        """Try again to make a workspace that never ran, with what a checked body says of its repository."""
+        workspace = self._reachable(id_or_name)
+        if workspace.status != ERROR or workspace.ever_ran:
+            raise WorkspaceNotRunning(f'{workspace.name} is {workspace.status}; only one whose first start '
+                                      'has failed is retried.')
+        fields, once = git_fields(body, workspace)
+        self._claim_ports(workspace)
+        self._once[workspace.id] = once
+        return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time(), **fields)
 
     def stop(self, id_or_name):
         """Stop a running workspace: a temporary one is deleted by that. One that is stopped is left alone."""
@@ -139,25 +150,22 @@ class Workspaces:
     def change(self, id_or_name, body):
         """Apply a checked body of PATCH /api/workspaces/:id and return the record."""
         workspace = self._state.get(id_or_name)
+        changes = changes_of(workspace, body)
+        limits = {'cpus', 'memory'} & body.keys()
+        if limits:
+            self.recipe.check_limits(body)
+        container = self._engine.find(workspace.id) if limits or IN_FILES & changes.keys() else None
         if 'name' in body and body['name'] != workspace.name:
             self._rename(workspace, body['name'])
-        now = time.time()
-        changes = {'last_activity_at': now}
-        if 'ttl' in body:
-            changes |= {'ttl': body['ttl'], 'ttl_from': now}
-        if 'labels' in body:
-            labels = {key: value for key, value in (workspace.labels | body['labels']).items()
-                      if value is not None}
-            if len(labels) > MAX_LABELS:
-                raise refusal('labels',
-                              f'a workspace has at most {MAX_LABELS} labels, and this would make '
-                              f'{len(labels)}; '
-                                        'null removes one')
-            changes['labels'] = labels
+        changed = dataclasses.replace(workspace, **changes)
+        if container and limits:
+            self._engine.limit(container.id, memory=changed.memory, cpus=self.recipe.cpus_of(changed))
+        if container and IN_FILES & changes.keys():
+            self._engine.put_files(container.id, self.recipe.files(changed))
         try:
             return self._state.update(workspace.id, **changes)
         except Superseded:
-            raise WorkspaceNotFound('Workspace not found') from None
+            raise WorkspaceNotFound(id_or_name) from None
 
     # What keeps up with the engine uses these
 
@@ -243,8 +251,8 @@ class Workspaces:
         except Superseded:
             log.debug('A job on %s was overtaken.', workspace_id)
         except BackendError as error:
-            if isinstance(error, EngineUnavailable) or (isinstance(error, DockerError)
-                                                        and self._engine.is_leaving()):
+            if isinstance(error, EngineUnavailable) or (
+                    isinstance(error, DockerError) and self._engine.is_leaving()):
                 # The status stays as it is; once the engine is back, the keeper goes on from there.
                 log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
             else:
@@ -262,27 +270,38 @@ class Workspaces:
         """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try
         ended."""
         self._still(workspace_id, CREATING, cancelled)
-        container_id = self._started_container(workspace_id, cancelled)
-        workspace = self._state.update(workspace_id, when={CREATING}, flush=False, container_id=container_id)
-        self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
-        self._wait_until_ready(workspace_id, container_id, cancelled)
+        warnings = []
+        while True:
+            container_id = self._started_container(workspace_id, cancelled)
+            workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
+                                           container_id=container_id)
+            self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
+            start = Start(container_id, warnings)
+            if self._wait_until_ready(workspace_id, start, cancelled):
+                break
+            # Of a container that has just cloned, so only once.
+            self._publish_ports(workspace_id, start.ports)
+            warnings = start.warnings
         if workspace.type == PERSISTENT:
             # Only now: until then a crash is an answer, not something to repeat.
             self._engine.keep_running(container_id)
-        self._credentials.pop(workspace_id, None)
+        self._once.pop(workspace_id, None)
         self._set_status(workspace_id, RUNNING, when={CREATING}, ever_ran=True, has_credentials=False,
                          error='',
-                         last_activity_at=time.time())
+                         warnings=start.warnings, last_activity_at=time.time())
 
     def _started_container(self, workspace_id, cancelled):
         """Return the id of the workspace's container, started, and made if there is none."""
-        container = self._engine.find(workspace_id)
-        if container is not None and container.started:
+        container, workspace = self._engine.find(workspace_id), self._still(workspace_id, CREATING, cancelled)
+        if workspace.wants_other_ports:
+            workspace = self._claim_ports(workspace)
+        if container is not None and container.started and container.ports == set(workspace.ports.values()):
             self._engine.start(container.id, self._make_network())
             return container.id
         if container is not None:
-            self._engine.remove_container(container.id)  # a crash may have come before its files were in it
-        workspace = self._still(workspace_id, CREATING, cancelled)
+            # It publishes other ports, or was never started: a crash may have come before its files were in
+            # it.
+            self._engine.remove_container(container.id)
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)
         return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled)
@@ -290,18 +309,19 @@ class Workspaces:
     def _make_container(self, workspace, image, cancelled):
         """Create the volume and a started container, on other ports if those reserved turn out to be
         taken."""
-        if workspace.has_credentials and workspace.id not in self._credentials:
-            raise BackendError('The server ended before the clone began, and it does not keep credentials. '
-                               'Delete the workspace and create it again.')
+        if workspace.has_credentials and not self._once.get(workspace.id):
+            raise BackendError('The server ended before the clone was done, and it does not keep '
+                               'credentials. '
+                               'Retry with them, or delete the workspace.')
         if workspace.ever_ran and not self._engine.has_volume(workspace.id):
             raise DockerError('The volume was removed outside Agent Backend and the files are lost. Delete '
                               'the workspace.')
-        self._engine.create_volume(self._engine.volume_of(workspace.id), self.recipe.labels(workspace))
+        for volume in (self._engine.volume_of(workspace.id), self._engine.home_of(workspace.id)):
+            self._engine.create_volume(volume, self.recipe.labels(workspace))
         avoid, network = set(), self._make_network()
         for attempt in range(1, PORT_ATTEMPTS + 1):
             container_id = self._engine.create_container(**self.recipe.container(workspace, image, network))
-            self._engine.put_files(container_id, self.recipe.files(workspace,
-                                                                   self._credentials.get(workspace.id)))
+            self._engine.put_files(container_id, self.recipe.files(workspace, self._once.get(workspace.id)))
             now = self._still(workspace.id, CREATING, cancelled)
             if now.name != workspace.name:  # by a PATCH that found no container yet
                 self._engine.rename(container_id, self.recipe.name(now.name))
@@ -324,24 +344,50 @@ class Workspaces:
         with self._network:
             return self._engine.create_network(isolated=True)
 
-    def _wait_until_ready(self, workspace_id, container_id, cancelled):
-        """Wait until what the user will use answers; raise DockerError when the container ends first, or
-        never answers."""
-        deadline = time.monotonic() + self._config.ready_timeout
+    def _wait_until_ready(self, workspace_id, start, cancelled):
+        """Wait until what the user will use answers; return False when it wants more ports first.
+
+        Raises DockerError when the container ends first, or does not answer READY_TIMEOUT after its last sign
+        of life.
+        """
         while True:
             workspace = self._still(workspace_id, CREATING, cancelled)
-            container = self._engine.inspect(container_id)
+            container = self._engine.inspect(start.container_id)
             if container is None:
                 raise DockerError('The container was removed outside Agent Backend while it started.')
             if container.state not in ('running', 'paused'):
+                self._probes.listen(start, container)
+                if container.exit_code == EXIT_WANTS_PORTS and start.ports:
+                    return False
                 raise DockerError(self._probes.why_it_ended(container))
-            if self._probes.is_ready(workspace, container_id):
-                return
-            if time.monotonic() > deadline:
+            if self._probes.is_ready(workspace, container.id):
+                self._probes.listen(start, container)
+                return True
+            self._probes.listen(start, container, pause=LISTEN_PAUSE)
+            if start.crashes >= MAX_CRASHES:
+                raise DockerError('The editor does not start. It printed last: '
+                                  f'{self._probes.last_words(container)}')
+            if time.monotonic() - start.heard_at > self._config.ready_timeout:
                 raise DockerError('The workspace did not answer within '
                                   f'READY_TIMEOUT={self._config.ready_timeout} s. '
                                   f'It printed last: {self._probes.last_words(container)}')
             cancelled.wait(READY_PAUSE)
+
+    def _publish_ports(self, workspace_id, ports):
+        """Let the next container of a workspace publish more ports, as far as there are any."""
+        wanted = self._state.get(workspace_id).wanted_ports
+        try:
+            workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
+                                           wanted_ports=[*wanted, *ports])
+            self._claim_ports(workspace)
+        except PortExhausted as error:
+            log.warning('Workspace %s: %s', workspace_id, error)
+            self._state.update(workspace_id, when={CREATING}, flush=False, wanted_ports=wanted)
+
+    def _claim_ports(self, workspace):
+        """Give a workspace the ports that it lacks, and keep those that it has."""
+        avoid = self._engine.taken()[1] - set(workspace.ports.values())
+        return self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
 
     def _bring_down(self, workspace_id, cancelled):
         """Stop the container and keep everything."""
@@ -369,7 +415,7 @@ class Workspaces:
         self._forget(workspace_id)
 
     def _forget(self, workspace_id):
-        self._credentials.pop(workspace_id, None)
+        self._once.pop(workspace_id, None)
         self._state.remove(workspace_id)
         self._events.publish('status', workspace_id, DELETED)
         self._events.forget(workspace_id)
@@ -390,7 +436,7 @@ class Workspaces:
             if workspace.status == CREATING and not workspace.ever_ran:
                 with contextlib.suppress(DockerError):  # if it stays, the keeper removes it
                     self._engine.remove(workspace_id)
-                self._credentials.pop(workspace_id, None)
+                self._once.pop(workspace_id, None)
                 changes |= {'ports': {}, 'container_id': ''}
             if cancelled.is_set():
                 raise Superseded(workspace_id)
@@ -405,26 +451,12 @@ class Workspaces:
 
     # Records
 
-    def _draft(self, body, template, url, has_credentials):
-        """Return the record of a body that asks for a workspace; its id and ports are given later."""
-        now, kind = time.time(), body.get('type', PERSISTENT)
-        return Workspace(
-            id='', name=body['name'], folder=body['name'], type=kind, template=template, created_at=now,
-            git_url=url,
-            git_branch=body.get('gitBranch', ''), has_credentials=has_credentials,
-            wanted_ports=body.get('ports', []),
-            ssh=body.get('ssh', True), ssh_public_keys=body.get('sshPublicKeys', []), env=body.get('env', {}),
-            cpus=body.get('cpus') or 0, memory=body.get('memory') or self._config.workspace_memory,
-            labels=body.get('labels', {}), ttl=body.get('ttl',
-                                                        self._config.agent_ttl if kind == AGENT else None),
-            ttl_from=now, last_activity_at=now, password=secrets.token_urlsafe(12))
-
     def _set_status(self, workspace_id, status, *, when=None, flush=True, **changes):
         try:
             workspace = self._state.update(workspace_id, when=when, flush=False, status=status, **changes)
         except Superseded:
             if when is None:
-                raise WorkspaceNotFound('Workspace not found') from None
+                raise WorkspaceNotFound(workspace_id) from None
             raise
         if flush:
             # A disk that refuses is no reason to end a job; who waits for an answer is told.
@@ -434,9 +466,10 @@ class Workspaces:
 
     def _announce(self, workspace):
         log.info('Workspace %s (%s) is %s.', workspace.id, workspace.name, workspace.status)
-        data = {'status': workspace.status, 'name': workspace.name}
-        self._events.publish('status', workspace.id,
-                             data | ({'error': workspace.error} if workspace.error else {}))
+        told = {'error': workspace.error, 'warnings': workspace.warnings if workspace.status == RUNNING
+                else None}
+        self._events.publish('status', workspace.id, {'status': workspace.status, 'name': workspace.name}
+                             | {name: value for name, value in told.items() if value})
 
     def _build_output(self, workspace_id, line):
         self._events.publish('log', workspace_id, {'stream': 'build', 'message': line})

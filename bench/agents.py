@@ -6,6 +6,7 @@ ratios can be compared.
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -24,11 +25,15 @@ from fake_anthropic import FakeAnthropic, bridge_address  # noqa: E402
 
 TURNS = 5
 EVENTS = 50_000
+MESSAGE = {'type': 'progress',
+           'data': {'step': 1, 'total': EVENTS, 'message': 'Creating one more of many files...'}}
 FLOOD = f"""
-const line = JSON.stringify({{ type: 'progress', data: {{ step: 1, total: {EVENTS}, message: 'Creating one more of many files...' }} }}) + '\\n';
+const line = JSON.stringify({json.dumps(MESSAGE)}) + '\\n';
 require('fs').writeSync(1, line);
-setTimeout(() => {{ for (let n = 0; n < {EVENTS}; n += 100) require('fs').writeSync(1, line.repeat(100)); }}, 500);
-"""  # noqa: E501
+setTimeout(() => {{
+    for (let n = 0; n < {EVENTS}; n += 100) require('fs').writeSync(1, line.repeat(100));
+}}, 500);
+"""
 
 
 def first_word(server):
@@ -45,8 +50,7 @@ def first_word(server):
 def first_line(server, fake):
     """Return the seconds until the CLI prints its first line when `docker exec` starts it in the same
     workspace."""
-    env = {'ANTHROPIC_BASE_URL': fake.url, 'ANTHROPIC_API_KEY': 'key', 'HOME': '/home/dev',
-           'CLAUDE_CONFIG_DIR': '/workspace/.agentbackend/claude'}
+    env = {'ANTHROPIC_BASE_URL': fake.url, 'ANTHROPIC_API_KEY': 'key', 'HOME': '/home/dev'}
     command = ['docker', 'exec', '-i', '-u', 'dev', '-w', '/workspace/work',
                *(word for item in env.items() for word in ('-e', '='.join(item))), server.container,
                'claude', '-p', '--output-format', 'stream-json', '--verbose',
@@ -76,7 +80,7 @@ def events_per_second(server):
         session = stream.headers['x-session-id']
     run = server.get(f'/api/agent/sessions/{session}')['runs'][0]['id']
     begun = time.perf_counter()
-    subprocess.run(['docker', 'exec', server.container, 'cat', f'/workspace/.agentbackend/runs/{run}/out'],
+    subprocess.run(['docker', 'exec', server.container, 'cat', f'/workspace/.agentbackend/runs/{run}/log'],
                    stdout=subprocess.DEVNULL, check=True)
     cat = EVENTS / (time.perf_counter() - begun)
     return live, cat
@@ -86,10 +90,10 @@ def main():
     client, folder = docker.from_env(timeout=60), Path(tempfile.mkdtemp())
     (folder / 'templates').mkdir()
     try:
-        with FakeAnthropic(bridge_address(client)) as fake, served_agents(folder, folder / 'templates',
-                                                                          client, ANTHROPIC_BASE_URL=fake.url,
-                                                                          ANTHROPIC_API_KEY='key',
-                                                                         AGENT_COMMAND='node /workspace/flood.js', LOG_LEVEL='info') as server:  # noqa: E501
+        with (FakeAnthropic(bridge_address(client)) as fake,
+              served_agents(folder, folder / 'templates', client, ANTHROPIC_BASE_URL=fake.url,
+                            ANTHROPIC_API_KEY='key', AGENT_COMMAND='node /workspace/flood.js',
+                            LOG_LEVEL='info') as server):
             put(client, server.container, 'flood.js', FLOOD)
             first_word(server), first_line(server, fake)  # the binary is in the page cache then
             ours = statistics.median(first_word(server) for _ in range(TURNS))

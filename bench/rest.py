@@ -43,7 +43,8 @@ def start(name, no_delay):
         return process, port
     app = bare
     if name == 'backend':
-        app = agentbackend.make_app(agentbackend.make_backend(agentbackend.Config.from_env({'STATE_DIR': tempfile.gettempdir()})))  # noqa: E501
+        config = agentbackend.Config.from_env({'STATE_DIR': tempfile.gettempdir()})
+        app = agentbackend.make_app(agentbackend.make_backend(config))
     gevent.pywsgi.WSGIServer(listener, app, log=None, error_log=None).serve_forever()
 
 

@@ -41,8 +41,8 @@ def latency(server, seconds=5):
         for message in stream:
             now = time.time()
             if message['type'] == 'log':
-                found.append((now - datetime.datetime.fromisoformat(message['timestamp'].replace('Z',
-                                                                                                 '+00:00')).timestamp()) * 1000)  # noqa: E501
+                stamp = datetime.datetime.fromisoformat(message['timestamp'].replace('Z', '+00:00'))
+                found.append((now - stamp.timestamp()) * 1000)
             if time.monotonic() > end:
                 break
     server.call('DELETE', '/api/workspaces/ticker')
@@ -52,10 +52,8 @@ def latency(server, seconds=5):
 def lines_per_second(server, client):
     """Return lines per second of a whole log through SSE, and through `docker logs -f` of the same
     container."""
-    workspace = server.running('race',
-                               env={'PRINT': 'yes "a line of a hundred bytes or so, as the lines of a build '
-                                             'or of a test run are, most of the time, 1234" | head -n '
-                                             f'{LINES}; echo end'})
+    line = 'a line of a hundred bytes or so, as the lines of a build or of a test run are, mostly, 123'
+    workspace = server.running('race', env={'PRINT': f'yes "{line}" | head -n {LINES}; echo end'})
     server.until(lambda: server.call('GET', '/api/workspaces/race/logs?tail=1').text == 'end\n', 60)
     begun = time.perf_counter()
     with Sse(server, '/api/workspaces/race/events?tail=100000', timeout=60) as stream:

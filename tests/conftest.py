@@ -2,29 +2,37 @@ from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anyth
 
 import contextlib
 import ctypes
+import fcntl
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 
 import docker
 import gevent
+import gevent.event
 import pytest
 import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from browsing import browser, make_page  # noqa: F401 - fixtures
 from contract import check_answer
 
-from _agentbackend.images import OWN_BASE_IMAGE
+import agentbackend
+from _agentbackend.images import BASE, OWN_BASE_IMAGE
 
+# Test runs beside each other must not take each other's ports; below those that the kernel gives away.
+PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
-# CLONE_FAILS, SLOW, CRASH and PRINT in its environment make it misbehave as the tests need it.
+# CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.
 TINY_DOCKERFILE = """\
 # A static shell that answers as a workspace does.
 FROM scratch
@@ -37,10 +45,12 @@ RUN ["/bin/busybox", "--install", "-s", "/bin"]
 TINY_ENTRY = """\
 #!/bin/busybox sh
 trap 'exit 0' TERM
+[ ! -f /etc/agentbackend/env ] || . /etc/agentbackend/env
 mkdir -p /www "$PROJECT_DIR"
 [ -z "$CLONE_FAILS" ] || { echo "fatal: $CLONE_FAILS" >&2; exit 65; }
 [ -z "$CRASH" ] || { echo "crashing as told" >&2; exit "$CRASH"; }
 [ -z "$SLOW" ] || sleep "$SLOW"
+for n in $CLONES; do echo "workspace: clone: Receiving objects: $n%"; sleep 1; done
 echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
 httpd -p 8443 -h /www
 nc -ll -p 2222 -e /bin/banner &
@@ -53,12 +63,24 @@ TINY_BANNER = """\
 echo SSH-2.0-tiny
 """
 
-AGENTS_DOCKERFILE = """\
-# Debian with what agents need of templates/base, that answers as a workspace does.
-FROM {base}
+AGENTS_BASE_DOCKERFILE = """\
+# Debian with what agents need of the base of all workspaces, without what takes room.
+FROM {base} AS base
+FROM {debian}
 LABEL agentbackend.test={test}
-COPY busybox entry banner agent-run agent-sweep /usr/local/bin/
-RUN useradd --uid 1000 --user-group --create-home dev && ln -s /usr/local/bin/busybox /bin/busybox
+COPY --from=base /usr/bin/python3.11 /usr/bin/python3
+COPY --from=base /usr/lib/python3.11/ /usr/lib/python3.11/
+COPY --from=base /usr/lib/x86_64-linux-gnu/libexpat.so.1 /usr/lib/
+COPY --from=base /usr/local/bin/agent-run /usr/local/bin/agent-sweep /usr/local/bin/
+COPY --from=base /usr/local/lib/agentbackend/ /usr/local/lib/agentbackend/
+RUN useradd --uid 1000 --user-group --create-home dev
+"""
+AGENTS_DOCKERFILE = """\
+# It answers as a workspace does.
+FROM {image}
+LABEL agentbackend.test={test}
+COPY busybox entry banner /usr/local/bin/
+RUN ln -s /usr/local/bin/busybox /bin/busybox
 ENTRYPOINT ["/usr/local/bin/entry"]
 """
 AGENTS_ENTRY = """\
@@ -71,6 +93,53 @@ trap 'exit 0' TERM
 while :; do sleep 1000 & wait $!; done
 """
 AGENTS_BANNER = '#!/bin/sh\necho SSH-2.0-tiny\n'
+
+
+class Share:
+    """Lets a run do only the files that no other run beside it has taken; each leaves word in a folder that
+    they share."""
+
+    def __init__(self, folder):
+        self._folder, self._ours = Path(folder), set()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        """Pass over a test of a file that another run does."""
+        name = item.path.name
+        if name not in self._ours:
+            with contextlib.suppress(FileExistsError):
+                (self._folder / name).mkdir()
+                self._ours.add(name)
+        return None if name in self._ours else True
+
+
+def pytest_addoption(parser):
+    """Take the option with which `run.sh test` starts two runs beside each other: most tests wait for the
+    engine."""
+    parser.addoption('--share', metavar='FOLDER')
+
+
+def pytest_configure(config):
+    """Share the files with another run if there is one."""
+    if config.getoption('share'):
+        config.pluginmanager.register(Share(config.getoption('share')))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what needs a Docker engine: what uses the fixture `docker_client`, itself or through others."""
+    for item in items:
+        if 'docker_client' in item.fixturenames:
+            item.add_marker('engine')
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let no other test reach an engine, so that one that lacks the mark fails wherever it is run."""
+    with pytest.MonkeyPatch.context() as patched:
+        if item.get_closest_marker('engine') is None:
+            patched.setenv('DOCKER_HOST', 'unix:///nowhere/docker.sock')
+        return (yield)
 
 
 @pytest.fixture(scope='session')
@@ -92,20 +161,33 @@ def templates_dir(tmp_path_factory, docker_client):
 
 
 @pytest.fixture(scope='session')
-def agents_template(tmp_path_factory, docker_client):
+def base_image(tmp_path_factory, docker_client):
+    """The base image of all workspaces; a cold build takes minutes."""
+    folder = tmp_path_factory.mktemp('base')
+    backend = agentbackend.make_backend(agentbackend.Config.from_env(
+        {**os.environ, 'STATE_DIR': str(folder), 'INSTANCE': 'test-base'}))
+    with open(Path(tempfile.gettempdir()) / 'agentbackend-test-base.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of tests may be at it
+        image = backend.templates.image(BASE, print, gevent.event.Event())
+    yield image
+    backend.client.close()
+
+
+@pytest.fixture(scope='session')
+def agents_template(tmp_path_factory, docker_client, base_image):
     """A folder with the small template `agents`, in which agents can work, and the image that it stands
     on."""
     folder, test = tmp_path_factory.mktemp('agents-templates'), uuid.uuid4().hex
-    base = debian()
+    image = f'agentbackend-test-agents:{test}'
+    text = AGENTS_BASE_DOCKERFILE.format(base=base_image, debian=debian(), test=test)
+    docker_client.images.build(fileobj=io.BytesIO(text.encode()), tag=image, rm=True)
     target = folder / 'agents'
     target.mkdir()
     shutil.copy(shutil.which('busybox'), target / 'busybox')
-    for name in ('agent-run', 'agent-sweep'):
-        shutil.copy(ROOT / 'templates' / 'base' / 'bin' / name, target / name)
-    for name, text in (('Dockerfile', AGENTS_DOCKERFILE.format(base=base, test=test)),
+    for name, text in (('Dockerfile', AGENTS_DOCKERFILE.format(image=image, test=test)),
                        ('entry', AGENTS_ENTRY), ('banner', AGENTS_BANNER)):
         (target / name).write_text(text)
-    yield folder, base
+    yield folder, image
     remove_images(docker_client, test)
 
 
@@ -134,8 +216,8 @@ def write_template(folder, name, test, steps=()):
     target = folder / name
     target.mkdir(exist_ok=True)
     shutil.copy(shutil.which('busybox'), target / 'busybox')
-    (target / 'Dockerfile').write_text(TINY_DOCKERFILE.format(test=test,
-                                                              steps=''.join(f'{step}\n' for step in steps)))
+    text = TINY_DOCKERFILE.format(test=test, steps=''.join(f'{step}\n' for step in steps))
+    (target / 'Dockerfile').write_text(text)
     (target / 'entry').write_text(TINY_ENTRY)
     (target / 'banner').write_text(TINY_BANNER)
 
@@ -154,6 +236,14 @@ def remove_images(client, test):
         time.sleep(0.1)
 
 
+def port_ranges():
+    """Return settings with the port ranges of this run of tests."""
+    first, last = PORT_SLOTS
+    start = first + os.getpid() * PORT_SLOT % (last - first) // PORT_SLOT * PORT_SLOT
+    return {'CODE_SERVER_PORTS': f'{start}-{start + 107}', 'SSH_PORTS': f'{start + 108}-{start + 135}',
+            'CUSTOM_PORTS': f'{start + 136}-{start + PORT_SLOT - 1}'}
+
+
 class Served:
     """A server in a process of its own, under an instance of its own, with its settings, its log and a small
     client."""
@@ -166,7 +256,7 @@ class Served:
         self.settings = {'INSTANCE': self.instance, 'STATE_DIR': str(folder / 'state'), 'PORT': '0',
                          'PREBUILD': 'none',
                          'TEMPLATES_DIR': str(templates_dir), 'DEFAULT_TEMPLATE': 'tiny',
-                         'LOG_LEVEL': 'debug', **settings}
+                         'LOG_LEVEL': 'debug', **port_ranges(), **settings}
         self.headers = {}
         self.process = None
         self.port = None
@@ -252,6 +342,14 @@ class Served:
         return self.process.returncode if self.process else None
 
 
+@pytest.fixture
+def guarded(make_server):
+    """A server with a token, which its client here has."""
+    server = make_server(API_TOKEN='open sesame')
+    server.headers['Authorization'] = 'Bearer open sesame'
+    return server
+
+
 class Network:
     """A network namespace with nothing but a loopback of its own, for a server or an engine that must not
     share ours."""
@@ -263,6 +361,20 @@ class Network:
         self._holder.stdout.readline()
         self._file = f'/proc/{self._holder.pid}/ns/net'
         self.prefix = ['nsenter', f'--net={self._file}', '--']
+
+    def join(self):
+        """Lay a cable to this machine, and return its address at our end; it goes with the namespace."""
+        number = uuid.uuid4().int
+        ours, theirs = [f'198.{18 + number % 2}.{number // 2 % 256}.{number // 512 % 64 * 4 + end}'
+                        for end in (1, 2)]
+        cable = f'cable{number % 10**9}'
+        for command in (['ip', 'link', 'add', cable, 'type', 'veth', 'peer', 'eth0', 'netns',
+                         str(self._holder.pid)],
+                        ['ip', 'addr', 'add', f'{ours}/30', 'dev', cable], ['ip', 'link', 'set', cable, 'up'],
+                        [*self.prefix, 'ip', 'addr', 'add', f'{theirs}/30', 'dev', 'eth0'],
+                        [*self.prefix, 'ip', 'link', 'set', 'eth0', 'up']):
+            subprocess.run(command, check=True)
+        return ours
 
     @contextlib.contextmanager
     def entered(self):
@@ -285,6 +397,16 @@ class Network:
         self._holder.kill()
         self._holder.wait()
         self._holder.stdout.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own of half a megabyte."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', folder], check=True)
+    yield folder
+    subprocess.run(['umount', '--lazy', folder], check=True)
 
 
 @pytest.fixture

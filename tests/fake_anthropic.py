@@ -49,8 +49,8 @@ def write(name, content):
     return tool('Write', file_path=f'CWD/{name}', content=content)
 
 
-def bash(command, description='Run a command'):
-    return tool('Bash', command=command, description=description)
+def bash(command, description='Run a command', **options):
+    return tool('Bash', command=command, description=description, **options)
 
 
 # Each script is a list of answers, each answer a list of blocks. CWD stands for the project's folder, HEARD
@@ -75,8 +75,7 @@ SCRIPTS = {
                [text('Slept.')]],
     'serve': [[bash('setsid sleep 64.5 >/dev/null 2>&1 & echo started', 'Start a server')],
               [text('It is up.')]],
-    'background': [[bash('sleep 65.5', 'Serve') | {'input': {'command': 'sleep 65.5', 'description': 'Serve',
-                                                             'run_in_background': True}}],
+    'background': [[bash('sleep 65.5', 'Serve', run_in_background=True)],
                    [text('It runs in the background.')]],
     'loop': [[bash(f'echo turn {number}')] for number in range(30)] + [[text('At last.')]],
     'leak': [[bash('env | sort; tr "\\0" "\\n" </proc/$PPID/environ | grep TOKEN', 'Show the environment')],
@@ -84,6 +83,7 @@ SCRIPTS = {
     'slow': [[text('slowly and slowly and slowly ' * 10)]],
     'inner': [[todos(1)], [write('inner.txt', 'inner\n')], [text('The inner work is done.')]],
     'patient': [[bash('sh -c "sleep 9; true"', 'Sleep')], [text('The patient work is done.')]],
+    'tests': [[bash('sh -c "sleep 19; true"', 'Run the tests')], [text('They pass.')]],
     'delegating': [[tool('Task', description='Patient work', prompt='Be patient. [script:patient]',
                          subagent_type='general-purpose')],
                    [text('It is being worked on.')], [text('The patient work was done.')]],
@@ -154,11 +154,13 @@ def script_of(body):
         if message['role'] == 'assistant':
             step += 1
             continue
-        for block in blocks_of(message):
-            found = re.findall(r'\[script:([\w-]+)\]', block['text']) if block['type'] == 'text' else ()
+        for block in [block for block in blocks_of(message) if block['type'] == 'text']:
+            found = re.findall(r'\[script:([\w-]+)\]', block['text'])
             if found:
                 name, step = found[-1], 0
-            elif block['type'] == 'text' and '<system-reminder>' not in block['text'] and name not in FAULTS and step >= len(SCRIPTS[name]):  # noqa: E501
+            elif '<system-reminder>' in block['text'] or name in FAULTS:
+                continue
+            elif step >= len(SCRIPTS[name]):
                 name, step = 'plan', 0
     return name, step
 
@@ -169,8 +171,8 @@ def heard(body):
         for block in reversed(blocks_of(message)):
             if block['type'] == 'tool_result':
                 content = block['content']
-                return content if isinstance(content,
-                                             str) else ''.join(part.get('text', '') for part in content)
+                is_text = isinstance(content, str)
+                return content if is_text else ''.join(part.get('text', '') for part in content)
     return ''
 
 
@@ -189,8 +191,8 @@ def answer_to(body):
     if name not in SCRIPTS:
         return [text(f'There is no script {name}.')]
     steps = SCRIPTS[name]
-    filled = json.dumps(steps[min(step, len(steps) - 1)]).replace('CWD', folder_of(body)).replace('HEARD',
-                                                                                                  json.dumps(heard(body))[1:-1])
+    filled = json.dumps(steps[min(step, len(steps) - 1)]).replace('CWD', folder_of(body))
+    filled = filled.replace('HEARD', json.dumps(heard(body))[1:-1])
     return [block | ({'id': f'toolu_{uuid.uuid4().hex[:20]}'} if block['type'] == 'tool_use' else {})
             for block in json.loads(filled)]
 
@@ -243,8 +245,8 @@ class Handler(BaseHTTPRequestHandler):
                        'model': body.get('model', 'fake'),
                        'content': [text('I begin.')] if fault else answer_to(body), 'stop_sequence': None,
                        'usage': USAGE}
-            message['stop_reason'] = 'tool_use' if any(block['type'] == 'tool_use'
-                                                       for block in message['content']) else 'end_turn'
+            calls_a_tool = any(block['type'] == 'tool_use' for block in message['content'])
+            message['stop_reason'] = 'tool_use' if calls_a_tool else 'end_turn'
             if body.get('stream'):
                 self._stream(message, pause=0.1 if name == 'slow' else 0, drop=fault == 'drop')
             else:
@@ -258,13 +260,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self._say('message_start', message={**message, 'content': [], 'stop_reason': None})
         for index, block in enumerate(message['content']):
-            key, kind, whole = ('text', 'text_delta',
-                                block['text']) if block['type'] == 'text' else ('partial_json',
-                                                                                'input_json_delta',
-                                                                                json.dumps(block['input']))
+            if block['type'] == 'text':
+                key, kind, whole, empty = 'text', 'text_delta', block['text'], ''
+            else:
+                key, kind, whole, empty = 'partial_json', 'input_json_delta', json.dumps(block['input']), {}
             self._say('content_block_start', index=index,
-                      content_block={**block, 'text': ''} if block['type'] == 'text'
-                      else {**block, 'input': {}})
+                      content_block={**block, 'text' if block['type'] == 'text' else 'input': empty})
             if drop:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return

@@ -1,4 +1,4 @@
-"""Node, Bun and Chromium, with the packages of tests/clients/package.json in a cache folder."""
+"""Node, Bun and Chromium, with the packages of a package.json in a cache folder."""
 import fcntl
 import hashlib
 import os
@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
-CLIENTS = Path(__file__).resolve().parent / 'clients'
+TESTS = Path(__file__).resolve().parent
+CLIENTS = TESTS / 'clients'
 
 
-def installed():
-    """Return the folder that has the packages as node_modules; install them into it if they are missing."""
-    manifest = CLIENTS / 'package.json'
+def cached(manifest, install):
+    """Return the folder of the cache that has what a manifest lists; let `install(folder)` do that if it is
+    missing."""
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = cache / 'agentbackend-tests' / hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
@@ -19,10 +20,16 @@ def installed():
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / 'done').exists():
             shutil.copy(manifest, folder)
-            subprocess.run(['npm', 'install', '--no-audit', '--no-fund', '--ignore-scripts',
-                            '--loglevel=error'], cwd=folder, check=True, timeout=240)
+            install(folder)
             (folder / 'done').touch()
     return folder
+
+
+def installed(manifest=CLIENTS / 'package.json'):
+    """Return the folder that has the packages of a manifest as node_modules."""
+    return cached(manifest, lambda folder: subprocess.run(
+        ['npm', 'install', '--no-audit', '--no-fund', '--ignore-scripts', '--loglevel=error'], cwd=folder,
+        check=True, timeout=240))
 
 
 def bun(folder):

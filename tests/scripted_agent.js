@@ -22,6 +22,9 @@ const scenarios = {
   exit: () => { process.stderr.write('sorry\n'); process.exit(+words[0]); },
   fail: () => { say('error', { code: 'MY_CODE', message: 'as told' }); process.exit(0); },
   wait: () => { say('message', { message: 'started' }); setTimeout(() => say('result', { message: 'waited' }), 1000 * +words[0]); },
+  mutter: () => { let n = 0; const told = setInterval(() => { process.stderr.write(`at ${++n}\n`); if (n == +words[0]) { clearInterval(told); say('result', { message: 'muttered' }); } }, 500); },
+  paced: () => { let n = 0; const told = setInterval(() => { n++; say('message', { message: `word ${n}` }); if (n == 4) { clearInterval(told); say('result', { message: 'all said' }); } }, 500); },
+  size: () => { say('message', { message: String(words.join(' ').length) }); say('result', { message: words.at(-1) }); },
   late: () => { spawn('sh', ['-c', 'sleep 2; echo too late'], { stdio: ['ignore', 'inherit', 'ignore'], detached: true }).unref(); print('half a line'); },
 };
 scenarios[scenario]();

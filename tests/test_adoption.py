@@ -1,21 +1,32 @@
 """What is left of workspaces after a crash of the server, of the engine, or the loss of the state file: all
 of them."""
 import contextlib
+import functools
 import gc
 import os
 import random
-import shutil
-import subprocess
 import time
 
-import docker
 import gevent
 import greenlet
 import pytest
 import requests
 from conftest import concurrently, objects_of, remove_objects
-from helpers import kept, lose, same_mounts, state_path
-from test_lifecycle import delete, in_container, inspect, left_of, patch, seconds_until, verb, wait_gone
+from helpers import (
+    OwnEngine,
+    delete,
+    in_container,
+    inspect,
+    kept,
+    left_of,
+    lose,
+    patch,
+    same_mounts,
+    seconds_left,
+    state_path,
+    verb,
+    wait_gone,
+)
 
 import agentbackend
 
@@ -97,15 +108,15 @@ def test_kills_at_random_moments_leak_nothing(make_server, docker_client):
         server.until(lambda: is_settled(server), 30)
         found = server.get('/api/workspaces')
         assert not [item for item in found if item['status'] == 'error'], (turn, found)
+        filters = {'label': f'agentbackend.instance={server.instance}'}
         containers = {item['Labels']['agentbackend.id']: item['State']
-                      for item in docker_client.api.containers(
-all=True, filters={'label': f'agentbackend.instance={server.instance}'})}
-        volumes = {item['Labels']['agentbackend.id'] for item in docker_client.api.volumes(
-            filters={'label': f'agentbackend.instance={server.instance}'})['Volumes'] or ()}
+                      for item in docker_client.api.containers(all=True, filters=filters)}
+        volumes = {item['Labels']['agentbackend.id']
+                   for item in docker_client.api.volumes(filters=filters)['Volumes'] or ()}
         assert volumes == containers.keys() == {item['id'] for item in found}, turn
         for item in found:
-            assert containers[item['id']] == {'running': 'running',
-                                              'stopped': 'exited'}[item['status']], (turn, item)
+            wanted = {'running': 'running', 'stopped': 'exited'}[item['status']]
+            assert containers[item['id']] == wanted, (turn, item)
     for item in server.get('/api/workspaces'):
         delete(server, item['id'])
     assert objects_of(docker_client, server.instance) == []
@@ -142,13 +153,13 @@ def make_half(server, client, name, *, container):
     """Kill the server while it makes a workspace, and leave a volume and no container, or one that never
     started."""
     server.create(name, env={'SLOW': '3'}, gitBranch='main', gitUrl='https://git.invalid/x.git')
-    found = server.until(lambda: next(iter(client.api.containers(filters={'name': f'{server.instance}-{name}'})), None))  # noqa: E501
+    name_of_container = f'{server.instance}-{name}'
+    found, = server.until(lambda: client.api.containers(filters={'name': name_of_container}))
     server.kill()
     found = client.api.inspect_container(found['Id'])
     client.api.remove_container(found['Id'], force=True)
     if container:
-        client.api.create_container(found['Image'], name=f'{server.instance}-{name}',
-                                    labels=found['Config']['Labels'],
+        client.api.create_container(found['Image'], name=name_of_container, labels=found['Config']['Labels'],
                                     environment=found['Config']['Env'],
                                     host_config=same_mounts(client, found))
 
@@ -159,8 +170,8 @@ def test_a_half_made_workspace_is_finished(make_server, docker_client, container
     make_half(server, docker_client, 'half', container=container)
     server.start()
     workspace = server.wait_status('half', 'running')
-    assert in_container(docker_client, server, 'half',
-                        'cat /etc/agentbackend/password; echo $SLOW').split() == [workspace['codeServerPassword'], '3']  # noqa: E501
+    told = in_container(docker_client, server, 'half', 'cat /etc/agentbackend/password; echo $SLOW').split()
+    assert told == [workspace['codeServerPassword'], '3']
     delete(server, 'half')
     assert objects_of(docker_client, server.instance) == []
 
@@ -215,7 +226,7 @@ def test_without_the_state_file_everything_is_adopted_from_the_engine(make_serve
     assert list(after) == list(before)
     for found, was in zip(after.values(), before.values(), strict=True):
         assert kept_of(found, 'expiresAt') == kept_of(was, 'expiresAt') and found['status'] == was['status']
-    assert 490 < seconds_until(server.get('/api/workspaces/agent')['expiresAt']) <= 500
+    assert 490 < seconds_left(server.get('/api/workspaces/agent')['expiresAt']) <= 500
     aside = list(state_path(server).parent.glob('*.damaged-*'))
     assert len(aside) == (harm is damage) and all(path.read_text().endswith('"ws-') for path in aside)
     # A new container of an adopted workspace is as the old one was.
@@ -271,8 +282,8 @@ def test_what_ended_or_vanished_while_the_server_was_away_is_seen(make_server, d
     server.wait_status('asleep', 'running')
 
 
-def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_removed(make_server,
-                                                                                     docker_client):
+def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_removed(
+        make_server, docker_client):
     server = make_server()
     workspace = server.running('temp', type='temporary')
     server.kill()
@@ -284,51 +295,6 @@ def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_rem
 
 
 # The engine
-
-class OwnEngine:
-    """A Docker engine of our own, in a network of its own, that may die and come back."""
-
-    def __init__(self, folder, network, *options):
-        self.network, self.socket = network, folder / 'docker.sock'
-        self._log, self._data = open(folder / 'dockerd.log', 'a'), folder / 'data'
-        self._command = [*network.prefix, 'dockerd', '--data-root', str(self._data), '--exec-root',
-                         str(folder / 'exec'),
-                         '--host', f'unix://{self.socket}', '--pidfile', str(folder / 'pid'), *options]
-        self._containerd = folder / 'exec' / 'containerd' / 'containerd.pid'
-        self._process = None
-        self.client = None
-
-    def start(self):
-        # A containerd that was killed along with its dockerd passes for a living one where nobody reaps it.
-        self._containerd.unlink(missing_ok=True)
-        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log,
-                                         stdin=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                self.client = docker.DockerClient(f'unix://{self.socket}', timeout=30)
-                return self
-            except docker.errors.DockerException:
-                assert time.monotonic() < deadline and self._process.poll() is None, open(self._log.name).read()[-3000:]  # noqa: E501
-                time.sleep(0.1)
-
-    def end(self, number):
-        self.client.close()
-        self._process.send_signal(number)
-        self._process.wait(60)
-
-    def close(self):
-        if self._process.poll() is not None:
-            self.start()
-        for item in self.client.api.containers(all=True):
-            with contextlib.suppress(docker.errors.NotFound):
-                self.client.api.remove_container(item['Id'], force=True, v=True)
-        self.end(15)
-        self._log.close()
-        # A dockerd mounts its folder onto itself, and one that was killed leaves that behind.
-        subprocess.run(['umount', '--recursive', self._data], stderr=subprocess.DEVNULL, check=False)
-        shutil.rmtree(self._data)
-
 
 @pytest.mark.parametrize('options', [[], ['--live-restore']], ids=['plain', 'live-restore'])
 @pytest.mark.parametrize('number', [9, 15], ids=['SIGKILL', 'SIGTERM'])
@@ -357,7 +323,9 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     assert [item['name'] for item in server.get('/api/workspaces')][:2] == ['kept', 'idle']
     for path, body in (('', {'name': 'new'}), ('/idle/start', None), ('/kept/stop', None)):
         answer = server.call('POST', f'/api/workspaces{path}', body)
-        assert answer.status_code == 503 and answer.json()['code'] == 'DOCKER_ERROR' and 'does not answer' in answer.json()['error'], answer.text  # noqa: E501
+        error = answer.json()
+        assert (answer.status_code, error['code']) == (503, 'DOCKER_ERROR'), error
+        assert 'does not answer' in error['error']
     deletion = server.call('DELETE', '/api/workspaces/unwanted')
     assert deletion.status_code == 202 and deletion.json()['data']['deleted'] is False
     time.sleep(0.5)  # so that each job has seen it
@@ -440,9 +408,8 @@ def test_thirty_rounds_leave_no_greenlet(tmp_path, templates_dir, docker_client)
             while {item.status for item in backend.state.all()} != {'running'}:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert all(gone
-                       for _, gone in concurrently(*(lambda id=id: backend.workspaces.remove(id, wait=20)
-                                                     for id in made)))
+            removals = [functools.partial(backend.workspaces.remove, id, wait=20) for id in made]
+            assert all(gone for _, gone in concurrently(*removals))
     try:
         while not backend.keeper.connected:
             time.sleep(0.05)

@@ -28,6 +28,8 @@ from agents import (
 from fake_anthropic import SERVER, FakeAnthropic, bridge_address, heard
 from streaming import Sse, Ws
 
+from _agentbackend.timing import parse_time
+
 KEY = 'sk-ant-test-3f1c9a'
 FIRST = {'step': 1, 'total': 3, 'message': 'Creating index.ts...'}
 
@@ -51,8 +53,8 @@ def fresh():
 
 # A task
 
-def test_the_call_of_the_contract_streams_the_event_of_the_contract_and_the_file_is_there(server,
-                                                                                          docker_client):
+def test_the_call_of_the_contract_streams_the_event_of_the_contract_and_the_file_is_there(
+        server, docker_client):
     body = {'workspaceId': server.get('/api/workspaces/work')['id'],
             'task': 'Create a simple HTTP server with Bun', 'sessionId': 'session-xyz'}
     printed = subprocess.run(['curl', '-N', '-s', '-i', '-X', 'POST',
@@ -69,8 +71,8 @@ def test_the_call_of_the_contract_streams_the_event_of_the_contract_and_the_file
     assert progress(events) == [FIRST, {'step': 2, 'total': 3, 'message': 'Creating package.json...'},
                                 {'step': 3, 'total': 3, 'message': 'Running checks...'},
                                 {'step': 3, 'total': 3, 'message': 'All steps are done'}]
-    assert {item['sessionId'] for item in events} == {'session-xyz'} and {item['workspaceId']
-                                                                          for item in events} == {body['workspaceId']}  # noqa: E501
+    assert {item['sessionId'] for item in events} == {'session-xyz'}
+    assert {item['workspaceId'] for item in events} == {body['workspaceId']}
     assert len({item['id'] for item in events}) == len(events)
     kind, data = end_of(events)
     assert kind == 'result' and data['message'] == 'Done: created index.ts and package.json.'
@@ -87,8 +89,8 @@ def test_a_caller_that_wants_json_is_given_the_ids_at_once(server):
                          headers={'Accept': 'application/json'})
     assert answer.status_code == 202 and answer.headers['Location'] == f'/api/agent/sessions/{session}'
     data = answer.json()['data']
-    assert (data['sessionId'], data['agent']) == (session,
-                                                  'claude') and data['runId'] == answer.headers['X-Run-Id']
+    assert (data['sessionId'], data['agent']) == (session, 'claude')
+    assert data['runId'] == answer.headers['X-Run-Id']
     found = ended(server, session)
     assert found['state'] == 'completed' and found['runs'][0]['result'] == 'Hello there.'
 
@@ -102,20 +104,33 @@ def test_a_second_task_goes_on_with_the_conversation_and_costs_only_its_own(serv
     costs = [end_of(events)[1]['costUsd'] for events in (first, second)]
     assert costs[0] == costs[1] > 0
     found = server.get(f'/api/agent/sessions/{session}')
-    assert found['totalCostUsd'] == pytest.approx(sum(costs)) and [run['costUsd']
-                                                                   for run in found['runs']] == costs
+    assert found['totalCostUsd'] == pytest.approx(sum(costs))
+    assert [run['costUsd'] for run in found['runs']] == costs
     assert [event['id'] for event in transcript(server, session)] == [event['id'] for event in first + second]
 
 
 def test_a_conversation_that_is_lost_is_told_and_the_next_task_begins_a_new_one(server, docker_client):
     session = fresh()
     do(server, '[script:talk]', sessionId=session)
-    shell(docker_client, server.container,
-          f"rm -r /workspace/.agentbackend/claude/projects/*/{server.get(f'/api/agent/sessions/{session}')['agentSessionId']}*")  # noqa: E501
+    conversation = server.get(f'/api/agent/sessions/{session}')['agentSessionId']
+    files = f'~/.claude/projects/*/{conversation}*'
+    shell(docker_client, server.container, f'rm -r {files}')
     kind, data = end_of(do(server, '[script:talk]', sessionId=session))
     assert kind == 'error' and data['code'] == 'AGENT_UNKNOWN_CONVERSATION'
     assert 'begins a new conversation' in data['message']
     assert end_of(do(server, '[script:talk]', sessionId=session))[0] == 'result'
+
+
+def test_tasks_and_terminals_share_one_claude(server, docker_client, fake):
+    memory, session = f'memory-{uuid.uuid4().hex}', fresh()
+    shell(docker_client, server.container, f'mkdir -p ~/.claude && echo {memory} >~/.claude/CLAUDE.md')
+    do(server, f'Remember {session} [script:talk]', sessionId=session)
+    assert memory in json.dumps(fake.asked(session)[-1])
+    resumed = server.get(f'/api/agent/sessions/{session}')['agentSessionId']
+    key = f'ANTHROPIC_BASE_URL={fake.url} ANTHROPIC_API_KEY={KEY}'
+    code, said = shell(docker_client, server.container,
+                       f"cd {PROJECT} && {key} claude -p --resume {resumed} 'More [script:talk]'")
+    assert (code, said.strip()) == (0, 'Hello there.') and session in json.dumps(fake.asked('More')[-1])
 
 
 def test_the_model_is_passed_on(server, fake):
@@ -150,17 +165,17 @@ def test_a_session_belongs_to_its_workspace_and_a_stopped_workspace_does_no_task
 def test_what_is_unknown_is_named(server):
     assert refused(server, workspace='nowhere')[:2] == (404, 'WORKSPACE_NOT_FOUND')
     status, code, error = refused(server, agent='nobody')
-    assert (status, code) == (400, 'VALIDATION_ERROR') and "'nobody'" in error and 'claude' in error
+    assert (status, code) == (400, 'VALIDATION_ERROR') and '"nobody"' in error and 'claude' in error
     assert 'AGENT_COMMAND' in refused(server, agent='command')[2]
 
 
-@pytest.mark.parametrize('task', ['with \0 in it', 'x' * 100_001, ''], ids=['nul', 'too-long', 'empty'])
+@pytest.mark.parametrize('task', ['with \0 in it', 'x' * 4_000_001, ''], ids=['nul', 'too-long', 'empty'])
 def test_a_task_that_cannot_be_handed_over_is_the_callers_mistake(server, task):
     assert refused(server, task)[:2] == (400, 'VALIDATION_ERROR')
 
 
 def test_the_longest_task_arrives_whole(server, fake):
-    task = '[script:talk] ' + '🧭' * 99_900 + ' the end\n'
+    task = '[script:talk] ' + '🧭' * 999_900 + ' the end\n'
     assert end_of(do(server, task))[0] == 'result'
     assert any(task.strip() in text['text'] for body in fake.asked('the end') for message in body['messages']
                if isinstance(message['content'], list)
@@ -169,7 +184,7 @@ def test_the_longest_task_arrives_whole(server, fake):
 
 # Ends
 
-ENDS = {'err400': ({}, 'AGENT_API_ERROR', '400'), 'err401': ({}, 'AGENT_NOT_LOGGED_IN', 'ANTHROPIC_API_KEY'),
+ENDS = {'err400': ({}, 'AGENT_API_ERROR', '400'), 'err401': ({}, 'AGENT_NOT_LOGGED_IN', 'refused the key'),
         'err500': ({}, 'AGENT_API_ERROR', '500'),
         'drop': ({}, 'AGENT_API_ERROR', 'dropped'), 'loop': ({'maxTurns': 2}, 'AGENT_MAX_TURNS', 'maxTurns'),
         'loop ': ({'maxBudgetUsd': 0.0001}, 'AGENT_MAX_BUDGET', 'maxBudgetUsd'),
@@ -192,8 +207,8 @@ def test_an_end_says_what_it_was(server, fake, ends, script):
     session = ends[script]
     kind, data = end_of(transcript(server, session['id']))
     assert kind == 'error' and data['code'] == code and words in data['message'], data
-    assert session['state'] == 'failed' and session['runs'][0]['error'] == {'code': code,
-                                                                            'message': data['message']}
+    assert session['state'] == 'failed'
+    assert session['runs'][0]['error'] == {'code': code, 'message': data['message']}
     if script == 'err500':
         assert len(fake.asked('[script:err500]')) == 5  # CLAUDE_CODE_MAX_RETRIES=4
         assert len([event for event in transcript(server, session['id']) if event['type'] == 'log'
@@ -205,11 +220,26 @@ def test_no_ended_task_leaves_a_process(server, docker_client, ends):
                                       'tail -c'), 6)
 
 
-def test_without_a_key_the_error_says_which_to_set(server):
+def test_without_a_key_it_is_told_before_a_task_and_after_it_which_to_set(server):
     with restarted(server, ANTHROPIC_API_KEY=''):
-        kind, data = end_of(do(server, 'hello'))
+        before = server.get('/health')['agents']
+        events = do(server, 'hello')
+    kind, data = end_of(events)
     assert kind == 'error' and data['code'] == 'AGENT_NOT_LOGGED_IN'
-    assert 'ANTHROPIC_API_KEY' in data['message'] and 'CLAUDE_CODE_OAUTH_TOKEN' in data['message']
+    assert before == {'claude': {'ready': False, 'reason': data['message']}}
+    assert 'has no key' in data['message'] and 'CLAUDE_CODE_OAUTH_TOKEN' in data['message']
+    assert '/login' not in str(events)
+
+
+def test_a_key_that_was_refused_is_told_until_one_is_taken(server):
+    assert end_of(do(server, '[script:talk] hello'))[0] == 'result'
+    assert server.get('/health')['agents'] == {'claude': {'ready': True}}
+    events = do(server, '[script:err401]')
+    why = end_of(events)[1]['message']
+    assert server.get('/health')['agents'] == {'claude': {'ready': False, 'reason': why}}
+    assert 'refused the key (401)' in why and not messages(events)
+    assert end_of(do(server, '[script:talk] hello'))[0] == 'result'
+    assert server.get('/health')['agents'] == {'claude': {'ready': True}}
 
 
 def test_an_agent_that_says_nothing_is_ended(server, docker_client):
@@ -220,6 +250,16 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
     assert 'AGENT_IDLE_TIMEOUT' in data['message']
     assert time.monotonic() - begun < 12
     assert not running(docker_client, server.container, 'stream-json')
+
+
+def test_a_command_that_takes_longer_than_an_agent_may_be_silent_is_let_be(server):
+    with restarted(server, AGENT_IDLE_TIMEOUT='16'):
+        events = do(server, '[script:tests]')
+    assert end_of(events)[0] == 'result', events[-1]
+    again = transcript(server, events[0]['sessionId'])
+    times = [parse_time(event['timestamp']) for event in again]
+    assert times == sorted(times) and [event['timestamp'] for event in events] == [event['timestamp']
+                                                                                   for event in again]
 
 
 @pytest.mark.parametrize('script', ['long', 'nested'])
@@ -260,9 +300,8 @@ def test_a_command_in_the_background_is_not_waited_for_and_outlives_the_task(ser
         begun = time.monotonic()
         assert end_of(do(server, '[script:background]'))[1]['message'] == 'It runs in the background.'
         assert time.monotonic() - begun < 20
-        assert running(docker_client, server.container, 'sleep 65.5') and not running(docker_client,
-                                                                                      server.container,
-                                                                                      'stream-json')
+        assert running(docker_client, server.container, 'sleep 65.5')
+        assert not running(docker_client, server.container, 'stream-json')
     finally:
         shell(docker_client, server.container, 'pkill -f "sleep 65.5"')
 
@@ -281,8 +320,8 @@ def test_a_key_shows_nowhere_even_when_the_agent_tells_it(server, docker_client,
                 for name in ('ANTHROPIC_API_KEY', 'ANTHROPIC_AUTH_TOKEN', 'CLAUDE_CODE_OAUTH_TOKEN')}
     begun, session = int(time.time()), fresh()
     already = server.log.stat().st_size
-    with restarted(server, **canaries), Sse(server,
-                                            '/api/workspaces/work/events') as workspace, Ws(server) as socket, Sse(server, f'/agent/sse/{session}') as followed:  # noqa: E501
+    with (restarted(server, **canaries), Sse(server, '/api/workspaces/work/events') as workspace,
+          Ws(server) as socket, Sse(server, f'/agent/sse/{session}') as followed):
         socket.send(type='subscribe', workspaceId='work')
         gevent.sleep(0.3)
         with Execution(server, 'work', 'Tell me all [script:leak]', sessionId=session) as stream:
@@ -296,11 +335,11 @@ def test_a_key_shows_nowhere_even_when_the_agent_tells_it(server, docker_client,
                     break
         seen['transcript'] = transcript(server, session)
         seen['details'] = server.get(f'/api/agent/sessions/{session}')
-        seen['lists'] = [server.get(path) for path in ('/api/agent/sessions', '/api/workspaces',
-                                                       '/api/workspaces/work')]
+        seen['lists'] = [server.get(path)
+                         for path in ('/api/agent/sessions', '/api/workspaces', '/api/workspaces/work')]
         seen['inspect'] = docker_client.api.inspect_container(server.container)
-        seen['events'] = list(docker_client.api.events(since=begun, until=int(time.time()) + 1, decode=True,
-                                                       filters={'container': server.container}))
+        seen['events'] = list(docker_client.api.events(
+            since=begun, until=int(time.time()) + 1, decode=True, filters={'container': server.container}))
         execs = [item['Actor']['Attributes']['execID'] for item in seen['events']
                  if item['Action'].startswith('exec_create')]
         seen['execs'] = [docker_client.api.exec_inspect(one) for one in execs]
@@ -309,12 +348,13 @@ def test_a_key_shows_nowhere_even_when_the_agent_tells_it(server, docker_client,
                          if path.is_file()]
         seen['log'] = server.log.read_text()[already:]
     known = heard(fake.asked('Tell me all')[-1])
-    assert all(value in known
-               for value in canaries.values()), 'the agent did not have the keys: nothing is shown by this test'  # noqa: E501
+    assert all(value in known for value in canaries.values()), \
+        'the agent did not have the keys: nothing is shown by this test'
     said = messages(events)[-1]
     assert said.startswith('I found:') and 'ANTHROPIC_API_KEY=***' in said
     assert execs and any('claude' in json.dumps(one) for one in seen['execs'])
     for place, content in seen.items():
         text = json.dumps(content, default=str)
         assert not [name for name, value in canaries.items() if value in text], place
-        assert 'Tell me all' not in text or place in ('details', 'state'), f'the task shows in {place}'
+        shows_task = place in ('details', 'lists', 'state')
+        assert 'Tell me all' not in text or shows_task, f'the task shows in {place}'

@@ -27,6 +27,8 @@ from agents import (
 )
 from streaming import Sse, Ws, messages_until
 
+from _agentbackend.timing import parse_time
+
 SCRIPT = (Path(__file__).parent / 'scripted_agent.js').read_text()
 numbers = itertools.count(1)
 
@@ -52,6 +54,17 @@ def followed(server, path, **options):
     """Return the events of a session's stream up to the end of a task."""
     with Sse(server, path, **options) as stream:
         return messages_until(stream, lambda event: event['type'] in ('result', 'error'))
+
+
+def test_a_session_is_called_as_its_first_task_begins(server):
+    session = fresh()
+    do(server, '\n  say hello  \nand more', sessionId=session)
+    do(server, 'say something else', sessionId=session)
+    assert server.get(f'/api/agent/sessions/{session}')['title'] == 'say hello'
+    assert 'say hello' in [item['title'] for item in server.get('/api/agent/sessions')]
+    long = fresh()
+    do(server, 'say ' + 'x' * 200, sessionId=long)
+    assert server.get(f'/api/agent/sessions/{long}')['title'] == 'say ' + 'x' * 95 + '…'
 
 
 # What it prints
@@ -90,8 +103,8 @@ def test_half_a_line_and_a_crash_is_a_failure_that_quotes_the_last_words(server)
     assert messages(events) == ['whole', '{"type":"message","data":{"mess']
 
 
-@pytest.mark.parametrize('task, code, words', [('exit 3', 'AGENT_FAILED', 'sorry'),
-                                               ('fail', 'MY_CODE', 'as told')])
+@pytest.mark.parametrize('task, code, words', [
+    ('exit 3', 'AGENT_FAILED', 'sorry'), ('fail', 'MY_CODE', 'as told')])
 def test_a_failure_is_told_with_its_reason(server, task, code, words):
     kind, data = end_of(do(server, task))
     assert kind == 'error' and data['code'] == code and words in data['message']
@@ -146,6 +159,51 @@ def test_limits_of_silence_of_time_and_of_output(server, docker_client):
     assert not running(docker_client, server.container, 'agent.js')
 
 
+# Its output goes through a buffer of Python's own, if nobody tells it otherwise.
+PYTHON_AGENT = """
+import json, sys, time
+task = sys.stdin.read()
+for step in range(1, 7):
+    print(json.dumps({'type': 'progress', 'data': {'step': step, 'total': 6, 'message': task}}))
+    time.sleep(1)
+"""
+
+
+def test_an_agent_in_python_is_heard_as_it_speaks(server, docker_client):
+    put(docker_client, server.container, 'agent.py', PYTHON_AGENT)
+    with restarted(server, AGENT_COMMAND='python3 /workspace/agent.py', AGENT_IDLE_TIMEOUT='4'):
+        events = do(server, 'count')
+    assert end_of(events)[0] == 'result' and [data['step'] for data in progress(events)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_an_agent_says_on_stderr_is_told_and_a_sign_of_life(server):
+    with restarted(server, AGENT_IDLE_TIMEOUT='4'):
+        events = do(server, 'mutter 12')
+    assert end_of(events)[1]['message'] == 'muttered'
+    assert [event['data']['message'] for event in events if event['data'].get('stream') == 'stderr'] == [
+        f'at {number}' for number in range(1, 13)]
+
+
+def test_a_transcript_has_the_times_at_which_things_were_said(server):
+    events = do(server, 'paced')
+    again = transcript(server, events[0]['sessionId'])
+    assert [(event['id'], event['timestamp']) for event in again] == [(event['id'], event['timestamp'])
+                                                                      for event in events]
+    times = [parse_time(event['timestamp']) for event in events]
+    assert times == sorted(times)
+    said = [at for at, event in zip(times, events, strict=True) if event['type'] == 'message']
+    assert all(later - earlier > 0.3 for earlier, later in itertools.pairwise(said))
+
+
+def test_a_task_of_megabytes_arrives_whole_and_a_larger_one_is_told_the_limit(server):
+    events = do(server, f"size {'x' * 3_700_000} ünd")
+    assert messages(events) == ['3700004'] and end_of(events)[1]['message'] == 'ünd'
+    status, code, error = refused(server, 'x' * 4_000_001)
+    assert (status, code) == (400, 'VALIDATION_ERROR') and '4,000,001' in error and '4,000,000' in error
+    status, code, error = refused(server, 'x' * 9_000_000)
+    assert (status, code) == (413, 'PAYLOAD_TOO_LARGE') and 'MAX_BODY' in error
+
+
 def test_what_a_child_prints_after_the_end_changes_nothing_that_was_told(server):
     events = do(server, 'late')
     session = events[0]['sessionId']
@@ -175,11 +233,10 @@ def test_a_stream_begins_before_its_session_goes_on_after_an_id_and_holds_every_
         events = messages_until(stream, lambda event: event['type'] == 'result')
     assert stream.headers['content-type'].startswith('text/event-stream') and stream.retry and stream.comments
     assert stream.names <= {'id', 'data'}
-    assert [event['id'] for event in events] == ['1-0-0', *(f'1-{n}-0' for n in range(1, 6)),
-                                                 '1-end-0'] and events[0]['data']['runId'] == first['runId']
-    assert [event['id'] for event in followed(server, f'/agent/sse/{session}', after='1-3-0')] == ['1-4-0',
-                                                                                                   '1-5-0',
-                                                                                                   '1-end-0']
+    assert [event['id'] for event in events] == [*(f'1-{n}-0' for n in range(6)), '1-end-0']
+    assert events[0]['data']['runId'] == first['runId']
+    rest = followed(server, f'/agent/sse/{session}', after='1-3-0')
+    assert [event['id'] for event in rest] == ['1-4-0', '1-5-0', '1-end-0']
     assert [event['id'] for event in followed(server, f'/agent/sse/{session}?after=1-5-0')] == ['1-end-0']
     with Sse(server, f'/agent/sse/{session}', after='1-end-0') as stream:
         begin(server, 'say more', sessionId=session)
@@ -216,8 +273,8 @@ def test_a_transcript_is_given_in_pages(server):
     assert [event['data'].get('step')
             for event in server.get(f"{path}?limit=10&after={page['next']}")['events']] == list(range(10, 20))
     assert server.get(f'{path}?limit=27')['next'] is None
-    assert [event['data']['step'] for event in progress_events(transcript(server, session,
-                                                                          limit=4))] == list(range(1, 26))
+    found = progress_events(transcript(server, session, limit=4))
+    assert [event['data']['step'] for event in found] == list(range(1, 26))
     assert server.call('GET', '/api/agent/sessions/nobody/events').json()['code'] == 'SESSION_NOT_FOUND'
 
 
@@ -231,9 +288,8 @@ def test_sessions_are_listed_filtered_and_deleted_with_what_their_runs_left(serv
     do(server, 'exit 4', sessionId=session)
     do(server, 'say twice', sessionId=session)
     found = server.get(f'/api/agent/sessions/{session}')
-    assert [(run['number'], run['state'], run['task']) for run in found['runs']] == [(1, 'failed', 'exit 4'),
-                                                                                     (2, 'completed',
-                                                                                      'say twice')]
+    runs = [(run['number'], run['state'], run['task']) for run in found['runs']]
+    assert runs == [(1, 'failed', 'exit 4'), (2, 'completed', 'say twice')]
     assert found['state'] == 'completed' and found['agent'] == 'command'
     for query, there in (('', True), ('?workspaceId=work', True), ('?agent=command', True),
                          ('?state=completed', True), ('?agent=claude', False), ('?state=failed', False)):
@@ -256,8 +312,8 @@ def test_a_workspaces_id_is_no_session(server):
 
 # What dies meanwhile
 
-def test_a_server_that_was_killed_leaves_nobody_reading_and_its_agent_may_be_unknown_to_the_next(server,
-                                                                                                 docker_client):
+def test_a_server_that_was_killed_leaves_nobody_reading_and_its_agent_may_be_unknown_to_the_next(
+        server, docker_client):
     session = fresh()
     begin(server, 'wait 4', sessionId=session)
     until_started(server, session)
@@ -313,8 +369,8 @@ def test_a_workspace_that_goes_away_interrupts_its_task_and_says_so_last(server,
         if death != 'deleted':
             assert ended(server, session)['state'] == 'failed'
             assert told(transcript(server, session)) == told(events), death
-    server.until(lambda: server.call('GET',
-                                     f'/api/agent/sessions/{session}').json().get('code') == 'SESSION_NOT_FOUND')  # noqa: E501
+    path = f'/api/agent/sessions/{session}'
+    server.until(lambda: server.call('GET', path).json().get('code') == 'SESSION_NOT_FOUND')
 
 
 def test_an_agent_workspace_lives_as_long_as_its_task_and_its_ttl_after_that(server, docker_client):
@@ -324,6 +380,5 @@ def test_an_agent_workspace_lives_as_long_as_its_task_and_its_ttl_after_that(ser
     server.call('PATCH', '/api/workspaces/brief', {'ttl': 3})
     assert ended(server, session)['runs'][0]['result'] == 'waited'
     over = time.monotonic()
-    seconds_until(lambda: server.call('GET', '/api/workspaces/brief').json().get('data',
-                                                                                 {}).get('status') != 'running', 15)  # noqa: E501
+    seconds_until(lambda: server.get('/api/workspaces/brief').get('status') != 'running', 15)
     assert 1.5 < time.monotonic() - over < 8

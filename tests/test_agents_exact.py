@@ -9,13 +9,15 @@ import pytest
 import requests
 from agents import begin, ended, transcript
 from conftest import Network, Served, remove_objects
+from helpers import OwnEngine
 from streaming import Sse
-from test_adoption import OwnEngine
 
 COUNT = 10_000
 # 50 events every tenth of a second or so.
-STEP = '{\\"type\\":\\"progress\\",\\"data\\":{\\"step\\":$n,\\"total\\":%d,\\"message\\":\\"step $n\\"}}'
-AGENT = f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP.replace('%d', str(COUNT))}"; done; sleep 0.08; done'"""  # noqa: E501
+STEP = ('{\\"type\\":\\"progress\\",'
+        f'\\"data\\":{{\\"step\\":$n,\\"total\\":{COUNT},\\"message\\":\\"step $n\\"}}}}')
+AGENT = (f"""sh -c 'n=0; while [ $n -lt {COUNT} ]; do m=0; """
+         f"""while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP}"; done; sleep 0.08; done'""")
 
 
 class Follower:
@@ -44,9 +46,19 @@ class Follower:
     def cut_for_ever(self):
         while not self.done:
             gevent.sleep(self.dice.uniform(0.02, 0.2))
+            if self.cuts % 8 == 7:
+                self._wait_for_more()
             if self.stream is not None:
                 self.stream.cut()
                 self.cuts += 1
+
+    def _wait_for_more(self):
+        """Wait until something has come: to answer may take a busy machine longer than from cut to cut."""
+        before = len(self.events)
+        for _ in range(500):
+            if self.done or len(self.events) > before:
+                return
+            gevent.sleep(0.01)
 
     @property
     def steps(self):

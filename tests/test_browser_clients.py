@@ -65,12 +65,11 @@ def pages(tmp_path_factory, packages):
     folder = tmp_path_factory.mktemp('pages')
     for name in ('websocket', 'eventsource'):
         shutil.copy(CONTRACT / f'{name}.js', folder)
-        (folder / f'{name}.html').write_text('<!doctype html><meta '
-                                             f'charset="utf-8"><title>{name}</title><body><script '
-                                             f'src="{name}.js"></script></body>')
+        (folder / f'{name}.html').write_text(f'<!doctype html><meta charset="utf-8"><title>{name}</title>'
+                                             f'<body><script src="{name}.js"></script></body>')
     # The contract's component is not exported; that is all that is added.
-    (folder / 'contract-react.tsx').write_text((CONTRACT / 'react.tsx').read_text()
-                                               + 'export { WorkspaceStatus };\n')
+    source = (CONTRACT / 'react.tsx').read_text() + 'export { WorkspaceStatus };\n'
+    (folder / 'contract-react.tsx').write_text(source)
     subprocess.run([javascript.esbuild(packages), str(javascript.CLIENTS / 'page.tsx'), '--bundle',
                     '--jsx=automatic', f'--outfile={folder}/react.js', '--log-level=error',
                     f'--alias:contract-react={folder}/contract-react.tsx'], check=True,
@@ -131,12 +130,15 @@ def test_the_event_source_of_the_contract_stays_open_for_a_session_to_come(serve
 
 
 def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_server(server, browser):
-    workspace = server.running('lines',
-                               env={'PRINT': 'n=0; while :; do echo line $n; n=$((n+1)); usleep 20000; done '
-                                             '&'})
+    count = 'n=0; while :; do echo line $n; n=$((n+1)); usleep 20000; done &'
+    workspace = server.running('lines', env={'PRINT': count})
     browser.open('eventsource.html')
-    browser.do('evaluate', code=f"""window.lines = []; window.source = new EventSource('http://localhost:{PORT}/api/workspaces/{workspace['id']}/events?tail=100000');
-        source.onmessage = event => {{ const m = JSON.parse(event.data); if (m.type == 'log') lines.push(m.data.message); }}; 1""")  # noqa: E501
+    url = f"http://localhost:{PORT}/api/workspaces/{workspace['id']}/events?tail=100000"
+    browser.do('evaluate', code=f"""window.lines = []; window.source = new EventSource('{url}');
+        source.onmessage = event => {{
+            const m = JSON.parse(event.data);
+            if (m.type == 'log') lines.push(m.data.message);
+        }}; 1""")
     server.until(lambda: len(browser.do('evaluate', code='lines')) > 20, 10)
     server.kill()
     server.start()
@@ -148,7 +150,9 @@ def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_serv
 
 @pytest.mark.parametrize('runtime', ['bun', 'node'])
 def test_the_node_client_of_the_contract_creates_and_lists(server, packages, tmp_path, runtime):
-    source = (CONTRACT / 'node.ts').read_text() + "console.log(JSON.stringify([await createWorkspace('myproject'), await listWorkspaces()]));\n"  # noqa: E501
+    source = (CONTRACT / 'node.ts').read_text()
+    source += "const done = [await createWorkspace('myproject'), await listWorkspaces()];\n"
+    source += 'console.log(JSON.stringify(done));\n'
     (tmp_path / 'client.ts').write_text(source)
     command = [javascript.bun(packages), str(tmp_path / 'client.ts')]
     if runtime == 'node':
@@ -159,10 +163,10 @@ def test_the_node_client_of_the_contract_creates_and_lists(server, packages, tmp
                         f'--outfile={tmp_path}/client.mjs', '--log-level=error'], check=True, cwd=tmp_path,
                         timeout=60)
         command = ['node', str(tmp_path / 'client.mjs')]
-    made, listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True,
-                                             timeout=30).stdout)
-    assert made['success'] and (made['data']['name'], made['data']['status']) == ('myproject',
-                                                                                  'creating') and type(made['data']['codeServerPort']) is int  # noqa: E501
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    made, listed = json.loads(ended.stdout)
+    assert made['success'] and (made['data']['name'], made['data']['status']) == ('myproject', 'creating')
+    assert type(made['data']['codeServerPort']) is int
     assert listed['success'] and made['data']['id'] in [item['id'] for item in listed['data']]
 
 

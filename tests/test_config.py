@@ -23,8 +23,8 @@ GOOD = {  # a text that is not the default -> what Config makes of it
     'CUSTOM_PORTS': ('20012-65535', (20012, 65535)), 'WORKSPACE_BIND_ADDRESS': ('0.0.0.0', '0.0.0.0'),
     'WORKSPACE_HOST': ('dev.lan', 'dev.lan'), 'WORKSPACE_MEMORY': ('512m', 512 * 2**20),
     'WORKSPACE_CPUS': ('0.5', 0.5),
-    'DEFAULT_AGENT': ('command', 'command'), 'AGENT_COMMAND': ("bash -c 'echo hi'",
-                                                               ('bash', '-c', 'echo hi')),
+    'DEFAULT_AGENT': ('command', 'command'),
+    'AGENT_COMMAND': ("bash -c 'echo hi'", ('bash', '-c', 'echo hi')),
     'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_OUTPUT': ('1m', 2**20),
     'AGENT_MAX_TASKS': ('2', 2), 'KEEP_RUNS': ('7', 7), 'KEEP_RUNS_FOR': ('3600', 3600),
     'WORKSPACE_NETWORK': ('bridge', 'bridge'), 'ANTHROPIC_API_KEY': ('key', 'key'),
@@ -35,6 +35,7 @@ GOOD = {  # a text that is not the default -> what Config makes of it
     'BASE_IMAGE': ('debian:trixie', 'debian:trixie'), 'BASE_IMAGE_TIMEOUT': ('300', 300),
     'EXTRA_CA_CERTS': (__file__, __file__), 'SSH_AUTHORIZED_KEYS': (__file__, __file__),
     'READY_TIMEOUT': ('1.5', 1.5),
+    'GIT_USER_NAME': (' Ada ', 'Ada'), 'GIT_USER_EMAIL': ('ada@example.org', 'ada@example.org'),
     'STOP_TIMEOUT': ('3', 3), 'BUILD_TIMEOUT': ('7200', 7200), 'MAX_BODY': ('2k', 2048),
     'REQUEST_TIMEOUT': ('0.5', 0.5),
     'MAX_STREAMS': ('50', 50), 'STATE_DIR': ('/var/lib/agentbackend', '/var/lib/agentbackend'),
@@ -94,8 +95,8 @@ def test_the_contracts_defaults_hold():
     config = Config.from_env({})
     assert (config.port, config.workspace_base_path, config.log_level) == (3100, '/workspace', 'INFO')
     assert (config.code_server_ports, config.ssh_ports) == ((8443, 8550), (2223, 2250))
-    assert (config.host, config.workspace_bind_address, config.default_template) == ('127.0.0.1', '127.0.0.1',
-                                                                                     'bun-typescript')
+    assert (config.host, config.workspace_bind_address) == ('127.0.0.1', '127.0.0.1')
+    assert config.default_template == 'bun-typescript'
 
 
 @pytest.mark.parametrize('name', GOOD)
@@ -151,7 +152,8 @@ def test_the_token_is_in_no_error():
 
 
 def test_docker_host_may_be_a_bare_path():
-    assert Config.from_env({'DOCKER_HOST': '/run/user/1000/docker.sock'}).docker_host == 'unix:///run/user/1000/docker.sock'
+    config = Config.from_env({'DOCKER_HOST': '/run/user/1000/docker.sock'})
+    assert config.docker_host == 'unix:///run/user/1000/docker.sock'
 
 
 def test_prebuild_none_builds_nothing_ahead():
@@ -190,6 +192,6 @@ def test_the_process_ends_with_2_and_one_line(settings):
 
 def test_the_readme_lists_every_setting():
     expected = [cells(row) for row in readme_table().splitlines()[2:]]
-    rows = [cells(row)
-            for row in (ROOT / 'README.md').read_text().partition('\n## Settings\n')[2].partition('\n## ')[0].splitlines() if re.match(r'\|\s*`[A-Z_]+`\s*\|', row)]  # noqa: E501
+    settings = (ROOT / 'README.md').read_text().partition('\n## Settings\n')[2].partition('\n## ')[0]
+    rows = [cells(row) for row in settings.splitlines() if re.match(r'\|\s*`[A-Z_]+`\s*\|', row)]
     assert rows == expected, f'README.md must have this table:\n\n{readme_table()}\n'

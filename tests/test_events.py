@@ -21,6 +21,13 @@ def numbers(found):
     return [event.data['n'] for event in found]
 
 
+def attached(events, topic, size=QUEUE_SIZE):
+    """Return a reader that has what is published to a topic from now on."""
+    reader = Subscription(size)
+    events.attach(topic, reader)
+    return reader
+
+
 def publish(events, count, topic='ws-a', **options):
     return [events.publish('log', topic, {'n': number}, **options) for number in range(count)]
 
@@ -34,8 +41,8 @@ def test_the_ring_keeps_the_last_events_of_a_topic_in_order(events):
 def test_an_event_tells_what_where_and_when(events):
     before = time.time()
     event = events.publish('progress', 'ws-a', {'n': 1}, run=RUN, place=(1, 7, 0))
-    assert (event.type, event.workspace_id, event.session_id, event.data) == ('progress', 'ws-a', 's1',
-                                                                              {'n': 1})
+    assert (event.type, event.workspace_id, event.session_id) == ('progress', 'ws-a', 's1')
+    assert event.data == {'n': 1}
     assert (event.place, events.recent('s1')[0].id) == ((3, 7, 0), '1-7-0')
     assert before <= event.timestamp <= time.time()
 
@@ -49,50 +56,55 @@ def test_ids_are_unique_and_differ_between_processes(events, monkeypatch):
 
 
 def test_an_event_goes_to_its_workspace_its_session_and_if_it_is_a_status_to_everybody(events):
-    with events.subscribed('ws-a') as workspace, events.subscribed('s1') as session, events.subscribed('*') as everything, \
-            events.subscribed('ws-b') as other:  # noqa: E501
-        events.publish('log', 'ws-a', {'n': 1}, run=RUN, place=(1, 0, 0))
-        events.publish('status', 'ws-a', {'n': 2})
-        assert numbers(workspace.take(0)[1]) == [1, 2]
-        assert numbers(session.take(0)[1]) == [1]
-        assert numbers(everything.take(0)[1]) == [2]
-        assert numbers(other.take(0)[1]) == []
+    workspace, session, everything, other = (attached(events, topic) for topic in ('ws-a', 's1', '*', 'ws-b'))
+    events.publish('log', 'ws-a', {'n': 1}, run=RUN, place=(1, 0, 0))
+    events.publish('status', 'ws-a', {'n': 2})
+    assert numbers(workspace.take(0)[1]) == [1, 2]
+    assert numbers(session.take(0)[1]) == [1]
+    assert numbers(everything.take(0)[1]) == [2]
+    assert numbers(other.take(0)[1]) == []
     assert numbers(events.recent('s1')) == [1] and numbers(events.recent('*')) == [2]
+
+
+def test_a_reader_of_a_workspace_and_of_everything_has_a_status_once(events):
+    reader = attached(events, 'ws-a')
+    events.attach('*', reader)
+    events.publish('status', 'ws-a', {'n': 1})
+    assert numbers(reader.take(0)[1]) == [1]
 
 
 def test_a_subscription_begins_with_what_is_published_after_it(events):
     publish(events, 3)
-    with events.subscribed('ws-a') as reader:
-        assert reader.take(0) == (0, [])
+    assert attached(events, 'ws-a').take(0) == (0, [])
 
 
 def test_a_full_queue_loses_the_oldest_and_counts_them_once(events):
-    with events.subscribed('ws-a', 10) as reader:
-        publish(events, 25)
-        lost, found = reader.take(0)
-        assert lost == 15 and numbers(found) == list(range(15, 25))
-        publish(events, 10)
-        lost, found = reader.take(0)
-        assert lost == 0 and numbers(found) == list(range(10))
+    reader = attached(events, 'ws-a', 10)
+    publish(events, 25)
+    lost, found = reader.take(0)
+    assert lost == 15 and numbers(found) == list(range(15, 25))
+    publish(events, 10)
+    lost, found = reader.take(0)
+    assert lost == 0 and numbers(found) == list(range(10))
 
 
 def test_a_queue_has_its_bound_without_being_told(events):
-    with events.subscribed('ws-a') as reader:
-        publish(events, QUEUE_SIZE + 1)
-        lost, found = reader.take(0)
-        assert (lost, len(found)) == (1, QUEUE_SIZE)
+    reader = Subscription()
+    events.attach('ws-a', reader)
+    publish(events, QUEUE_SIZE + 1)
+    lost, found = reader.take(0)
+    assert (lost, len(found)) == (1, QUEUE_SIZE)
 
 
 def test_take_waits_for_an_event_and_no_longer_than_told(events):
-    with events.subscribed('ws-a') as reader:
-        begun = time.monotonic()
-        assert reader.take(0.02) == (0, [])
-        assert time.monotonic() - begun >= 0.015
-        taking = gevent.spawn(reader.take, 5)
-        gevent.sleep(0)
-        assert not taking.ready()
-        publish(events, 1)
-        assert numbers(taking.get(timeout=1)[1]) == [0]
+    reader, begun = attached(events, 'ws-a'), time.monotonic()
+    assert reader.take(0.02) == (0, [])
+    assert time.monotonic() - begun >= 0.015
+    taking = gevent.spawn(reader.take, 5)
+    gevent.sleep(0)
+    assert not taking.ready()
+    publish(events, 1)
+    assert numbers(taking.get(timeout=1)[1]) == [0]
 
 
 def test_close_wakes_a_reader_that_waits_and_what_was_put_before_is_not_lost():
@@ -115,31 +127,29 @@ def test_a_closed_subscription_never_waits_again():
 
 
 def test_a_full_queue_can_be_closed(events):
-    with events.subscribed('ws-a', 3) as reader:
-        publish(events, 3)
-        reader.close()
-        assert reader.closed and numbers(reader.take(0)[1]) == [0, 1, 2]
+    reader = attached(events, 'ws-a', 3)
+    publish(events, 3)
+    reader.close()
+    assert reader.closed and numbers(reader.take(0)[1]) == [0, 1, 2]
 
 
 def test_a_reader_that_never_reads_holds_up_neither_the_publisher_nor_another_reader(events):
-    others = []
-    with events.subscribed('ws-a') as lazy, events.subscribed('ws-a', 100_000) as keen:
-        switches = gevent.spawn(lambda: others.append('ran'))
-        publish(events, 10_000)
-        assert not others, 'publishing let others run'
-        assert len(keen.take(0)[1]) == 10_000
-        assert lazy.take(0)[0] == 10_000 - QUEUE_SIZE
-        switches.join()
+    others, lazy, keen = [], attached(events, 'ws-a'), attached(events, 'ws-a', 100_000)
+    switches = gevent.spawn(lambda: others.append('ran'))
+    publish(events, 10_000)
+    assert not others, 'publishing let others run'
+    assert len(keen.take(0)[1]) == 10_000
+    assert lazy.take(0)[0] == 10_000 - QUEUE_SIZE
+    switches.join()
 
 
 def test_a_subscription_that_ends_leaves_nothing_behind(events):
-    with events.subscribed('ws-a'):
-        with events.subscribed('ws-a') as second:
-            pass
-        publish(events, 1)
-        assert second.take(0) == (0, [])
-    with pytest.raises(ZeroDivisionError), events.subscribed('ws-b'):
-        raise ZeroDivisionError
+    first, second = attached(events, 'ws-a'), attached(events, 'ws-a')
+    events.detach('ws-a', second)
+    events.detach('ws-a', second)  # twice is fine
+    publish(events, 1)
+    assert second.take(0) == (0, []) and numbers(first.take(0)[1]) == [0]
+    events.detach('ws-a', first)
     assert not events._readers
 
 
@@ -169,9 +179,10 @@ def test_events_that_nobody_holds_are_freed(events):
 def test_readers_may_come_and_go_while_events_are_published(events):
     def come_and_go(count):
         for _ in range(count):
-            with events.subscribed('ws-a') as reader:
-                gevent.sleep(0)
-                assert len(reader.take(0)[1]) >= 1
+            reader = attached(events, 'ws-a')
+            gevent.sleep(0)
+            assert len(reader.take(0)[1]) >= 1
+            events.detach('ws-a', reader)
 
     def publisher():
         while not done.ready():

@@ -7,15 +7,15 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import requests
 from agents import begin, cancel, do, end_of, ended, put, running, shell, transcript
-from conftest import ROOT, Served, objects_of, remove_objects
-from helpers import lose, state_path
+from conftest import Served, objects_of, remove_objects
+from helpers import check_fairness, lose, run_second, seconds_left, seconds_of, state_path
 from streaming import Sse, Ws, connect, messages_until, read_head
 
 # What it does is its task: lines of JSON to print as they are, or a command line after an exclamation mark.
@@ -77,18 +77,8 @@ def test_no_number_of_an_agent_ends_the_writing_of_the_state(start_agents):
     assert [item['id'] for item in server.get('/api/agent/sessions')] == ['s0', 's1']
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own of two megabytes."""
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', folder], check=True)
-    yield folder
-    subprocess.run(['umount', '--lazy', folder], check=True)
-
-
-def test_a_change_that_a_full_disk_refuses_is_not_answered_with_200_and_written_later(small_disk,
-                                                                                      make_server):
+def test_a_change_that_a_full_disk_refuses_is_not_answered_with_200_and_written_later(
+        small_disk, make_server):
     server = make_server(STATE_DIR=str(small_disk))
     server.running('work')
     filler = small_disk / 'filler'
@@ -109,18 +99,12 @@ def test_a_change_that_a_full_disk_refuses_is_not_answered_with_200_and_written_
     assert server.running('other')['status'] == 'running'
 
 
-def run_second(first, **settings):
-    """Run a second server, to its end; its settings are those of the first but for the ones named."""
-    env = {**os.environ, **first.settings, **settings}
-    return subprocess.run([sys.executable, str(ROOT / 'agentbackend.py')], env=env, capture_output=True,
-                          text=True, timeout=60)
-
-
 def test_a_second_server_of_an_instance_is_found_out_on_the_engine(make_server, tmp_path):
     server = make_server()
     workspace = server.running('work', type='agent', ttl=2000)
     second = run_second(server, STATE_DIR=str(tmp_path / 'elsewhere'))
-    assert second.returncode == 2 and f"INSTANCE='{server.instance}': another server" in second.stderr, second.stderr  # noqa: E501
+    assert second.returncode == 2, second.stderr
+    assert f"INSTANCE='{server.instance}': another server" in second.stderr
     assert server.get('/health')['status'] == 'healthy'
     assert server.get('/api/workspaces/work')['id'] == workspace['id']
     # The claim of a server that is dead stands in nobody's way for long.
@@ -130,8 +114,8 @@ def test_a_second_server_of_an_instance_is_found_out_on_the_engine(make_server, 
     assert [item['id'] for item in server.get('/api/workspaces')] == [workspace['id']]
 
 
-def test_a_server_that_was_replaced_while_it_stood_still_does_nothing_any_more(make_server, tmp_path,
-                                                                               docker_client):
+def test_a_server_that_was_replaced_while_it_stood_still_does_nothing_any_more(
+        make_server, tmp_path, docker_client):
     server = make_server()
     server.running('work')
     os.kill(server.process.pid, signal.SIGSTOP)
@@ -187,12 +171,11 @@ def test_what_can_not_be_adopted_is_left_out_and_told(make_server, docker_client
     container.exec_run(['sh', '-c', r"printf '\377\376\n' >/etc/agentbackend/password"])
     server.kill()
     lose(state_path(server))
-    junk = docker_client.volumes.create(f'{server.instance}-ws-junk0001',
-                                        labels={'agentbackend.id': 'ws-junk0001',
-                                                'agentbackend.instance': server.instance})
-    foreign = docker_client.volumes.create(f'{server.instance}-foreign',
-                                           labels={'agentbackend.id': 'ws-other001',
-                                                   'agentbackend.instance': server.instance})
+
+    def volume(name, identity):
+        labels = {'agentbackend.id': identity, 'agentbackend.instance': server.instance}
+        return docker_client.volumes.create(f'{server.instance}-{name}', labels=labels)
+    junk, foreign = volume('ws-junk0001', 'ws-junk0001'), volume('foreign', 'ws-other001')
     try:
         server.start()
         assert sorted(item['name'] for item in server.get('/api/workspaces')) == ['good', 'odd']
@@ -202,6 +185,19 @@ def test_what_can_not_be_adopted_is_left_out_and_told(make_server, docker_client
     finally:
         junk.remove()
         foreign.remove()
+
+
+def test_ports_that_a_container_of_somebody_else_claims_stop_no_workspace(make_server, docker_client):
+    server = make_server()
+    image = docker_client.containers.get(server.running('first')['containerId']).image.id
+    made = []
+    try:
+        for ports in ('[' * 9000, '{"3000": [1]}', '{"3000": {}}', '5', '{"a": "b"}', 'null', 'x'):
+            made.append(docker_client.containers.create(image, labels={'agentbackend.ports': ports}))
+        server.running('second')
+    finally:
+        for container in made:
+            container.remove()
 
 
 def test_a_workspace_that_was_renamed_and_paused_behind_our_back_is_still_ours(start_agents, docker_client):
@@ -219,8 +215,8 @@ def test_a_workspace_that_was_renamed_and_paused_behind_our_back_is_still_ours(s
     assert objects_of(docker_client, server.instance) == []
 
 
-def test_a_network_that_was_tidied_away_while_a_workspace_was_stopped_is_made_again(make_server,
-                                                                                    docker_client):
+def test_a_network_that_was_tidied_away_while_a_workspace_was_stopped_is_made_again(
+        make_server, docker_client):
     server = make_server()
     server.running('work')
     server.call('POST', '/api/workspaces/work/stop')
@@ -235,7 +231,8 @@ def test_a_network_that_was_tidied_away_while_a_workspace_was_stopped_is_made_ag
 
 # Tasks
 
-STOP_THE_READER = "!for p in /proc/[0-9]*; do case $(tr '\\0' ' ' <$p/cmdline) in *'exec 4>&2'* | *tail*) kill -STOP ${p#/proc/};; esac; done; sleep 1234"  # noqa: E501
+STOP_THE_READER = ("!for p in /proc/[0-9]*; do case $(tr '\\0' ' ' <$p/cmdline) in "
+                   "*'exec 4>&2'* | *tail*) kill -STOP ${p#/proc/};; esac; done; sleep 1234")
 
 
 @pytest.mark.parametrize('task', [STOP_THE_READER, '!kill -STOP -1; sleep 1234'],
@@ -252,8 +249,8 @@ def test_a_task_that_stops_what_reads_it_ends_when_it_is_told_to(start_agents, d
     assert server.call('DELETE', '/api/agent/sessions/late').status_code == 200
 
 
-def test_a_task_in_a_paused_workspace_ends_when_it_is_told_to_and_is_swept_up_later(start_agents,
-                                                                                    docker_client):
+def test_a_task_in_a_paused_workspace_ends_when_it_is_told_to_and_is_swept_up_later(
+        start_agents, docker_client):
     server = start_agents('work')
     begin(server, '!sleep 1234', sessionId='s')
     server.until(lambda: running(docker_client, server.container, 'sleep 1234'))
@@ -276,17 +273,19 @@ def test_tasks_that_were_ended_leave_their_places_to_others(start_agents):
 
 
 def test_a_sparse_file_of_a_workspace_takes_no_room_here(start_agents, docker_client, small_disk):
-    server = start_agents('work', TMPDIR=str(small_disk), AGENT_MAX_OUTPUT='64k')
+    server = start_agents('work', AGENT_MAX_OUTPUT='64k')
+    server.settings['TMPDIR'] = str(small_disk)
+    restart(server)
     do(server, LAST_WORD, sessionId='s')
     events = transcript(server, 's')
     folder = shell(docker_client, server.container, 'echo /workspace/.agentbackend/runs/*')[1].strip()
-    for name in ('out', 'err', 'exit', 'pid'):
+    for name in ('log', 'exit', 'pid', 'keeper'):
         assert shell(docker_client, server.container, f'truncate -s 3G {folder}/{name}')[0] == 0
     assert transcript(server, 's') == events
     with Sse(server, '/agent/sse/s') as stream:
         assert messages_until(stream, lambda event: event['type'] == 'result') == events
     # And of one that goes on while it grows.
-    begin(server, '!truncate -s 3G /workspace/.agentbackend/runs/*/out; sleep 1234', sessionId='t')
+    begin(server, '!truncate -s 3G /workspace/.agentbackend/runs/*/log; sleep 1234', sessionId='t')
     assert ended(server, 't')['runs'][0]['error']['code'] == 'AGENT_MAX_OUTPUT'
     assert transcript(server, 't')[-1]['type'] == 'error'
 
@@ -302,13 +301,14 @@ def test_no_stamp_of_an_agent_breaks_its_session(start_agents):
     lines = [json.dumps({'type': 'assistant', 'timestamp': stamp,
                          'message': {'content': [{'type': 'text', 'text': f'word {number}'}]}})
              for number, stamp in enumerate(STAMPS)]
+    begun = datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
     events = do(server, '\n'.join([*lines, LAST_WORD]), sessionId='s')
     assert end_of(events)[0] == 'result'
     words = [event['data']['message'] for event in transcript(server, 's') if event['type'] == 'message']
     assert words == [f'word {number}' for number in range(len(STAMPS))]
-    told = {event['data'].get('message'): event['timestamp'] for event in events}
-    assert told['word 4'] == '2026-01-01T00:00:00.000Z' and all('2025' < stamp < '2100'
-                                                                for stamp in told.values())
+    # What counts is when it was said.
+    stamps = [event['timestamp'] for event in events]
+    assert begun <= stamps[0] and stamps == sorted(stamps) and seconds_left(stamps[-1]) <= 0
 
 
 def test_ids_do_not_grow_with_the_tasks_that_a_reader_has_missed(start_agents):
@@ -334,8 +334,8 @@ def test_ids_do_not_grow_with_the_tasks_that_a_reader_has_missed(start_agents):
     assert max(len(event['id']) for event in seen) <= 200
     told = [(event['sessionId'], event['data'].get('message'), event['type']) for event in seen
             if 'sessionId' in event]
-    assert len(told) == len(set(told)) and len([kind for _, _, kind in told
-                                                if kind == 'result']) == len(names)
+    assert len(told) == len(set(told))
+    assert len([kind for _, _, kind in told if kind == 'result']) == len(names)
     with Sse(server, '/api/workspaces/work/events', after=seen[-1]['id'], timeout=3) as stream:
         assert next(iter(stream))['type'] == 'status'
         with pytest.raises(OSError):  # nothing comes twice
@@ -358,7 +358,7 @@ def test_an_image_without_the_user_of_agents_is_told(make_server):
     server.running('work')
     answer = server.call('POST', '/api/agent/execute', {'workspaceId': 'work', 'task': 'x'},
                          headers={'Accept': 'application/json'})
-    assert answer.status_code == 400 and "no user 'dev'" in answer.json()['error'], answer.text
+    assert answer.status_code == 400 and 'needs the user dev' in answer.json()['error'], answer.text
 
 
 def test_a_session_whose_transcript_can_not_be_deleted_now_is_not_forgotten(start_agents, docker_client):
@@ -367,7 +367,8 @@ def test_a_session_whose_transcript_can_not_be_deleted_now_is_not_forgotten(star
     shell(docker_client, server.container,
           'chattr +i /workspace/.agentbackend/runs/*/out || { mv /bin/rm /bin/rm-away; }', user='root')
     answer = server.call('DELETE', '/api/agent/sessions/s')
-    assert answer.status_code in (502, 503) and server.get('/api/agent/sessions/s')['id'] == 's'
+    assert (answer.status_code, answer.json()['code']) == (502, 'DOCKER_ERROR')
+    assert server.get('/api/agent/sessions/s')['id'] == 's'
     shell(docker_client, server.container,
           'mv /bin/rm-away /bin/rm; chattr -i /workspace/.agentbackend/runs/*/out', user='root')
     assert server.call('DELETE', '/api/agent/sessions/s').status_code == 200
@@ -376,8 +377,9 @@ def test_a_session_whose_transcript_can_not_be_deleted_now_is_not_forgotten(star
 
 def test_no_secret_is_shown_as_the_name_of_a_field_either(start_agents):
     server = start_agents('work', ANTHROPIC_API_KEY='canary-0123456789', DEFAULT_AGENT='command')
-    do(server,
-       '{"type":"progress","data":{"canary-0123456789":1,"\\u0063anary-0123456789":{"\\u0063anary-0123456789":2}}}', sessionId='s')  # noqa: E501
+    secret = '\\u0063anary-0123456789'
+    data = f'{{"canary-0123456789":1,"{secret}":{{"{secret}":2}}}}'
+    do(server, f'{{"type":"progress","data":{data}}}', sessionId='s')
     assert 'canary' not in json.dumps(transcript(server, 's'))
 
 
@@ -395,8 +397,9 @@ def test_ended_tasks_beyond_the_limit_are_forgotten_with_their_files(start_agent
 def test_pages_that_workspaces_publish_are_no_pages_of_ours(make_server):
     server = make_server()
     workspace = server.running('work', ports=[3000])
-    published = [workspace['codeServerPort'], workspace['sshPort'], workspace['ports']['3000'], 8443, 2250,
-                 10999]
+    ends = [int(server.settings[name].partition('-')[2])
+            for name in ('CODE_SERVER_PORTS', 'SSH_PORTS', 'CUSTOM_PORTS')]
+    published = [workspace['codeServerPort'], workspace['sshPort'], workspace['ports']['3000'], *ends]
     for port in published:
         for host in ('127.0.0.1', 'localhost', '[::1]'):
             headers = {'Origin': f'http://{host}:{port}'}
@@ -564,23 +567,23 @@ def test_a_request_that_can_be_read_in_two_ways_is_refused_and_the_connection_cl
 @pytest.mark.parametrize('host', ['[::1].evil.com', '[::1]evil.com', 'localhost:80@evil.com', 'localhost:',
                                   'local host', 'localhost:99999999', ''])
 def test_a_host_that_is_none_is_forbidden(bare, host):
-    assert raw(bare,
-               f'GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n'.encode()).startswith(b'HTTP/1.1 403 ')  # noqa: E501
+    answer = raw(bare, f'GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n'.encode())
+    assert answer.startswith(b'HTTP/1.1 403 ')
 
 
 @pytest.mark.parametrize('connection', ['close, keep-alive', 'keep-alive, close', 'Close'])
 def test_close_closes_whatever_stands_beside_it(bare, connection):
-    assert raw(bare,
-               f'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n\r\n'.encode()).startswith(b'HTTP/1.1 200 ')  # noqa: E501
+    request = f'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: {connection}\r\n\r\n'
+    answer = raw(bare, request.encode())
+    assert answer.startswith(b'HTTP/1.1 200 ')
 
 
-def test_a_target_in_the_absolute_form_is_taken_and_its_host_counts(bare):
-    assert raw(bare,
-               b'GET http://localhost/health HTTP/1.1\r\nHost: evil.com\r\nConnection: close\r\n\r\n').startswith(b'HTTP/1.1 200 ')  # noqa: E501
-    assert raw(bare,
-               b'GET http://evil.com/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n').startswith(b'HTTP/1.1 403 ')  # noqa: E501
-    assert raw(bare,
-               b'GET http://localhost HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n').startswith(b'HTTP/1.1 200 ')  # noqa: E501
+@pytest.mark.parametrize(('target', 'host', 'status'), [
+    ('http://localhost/health', 'evil.com', b'200'), ('http://evil.com/health', 'localhost', b'403'),
+    ('http://localhost', 'evil.com', b'200')])
+def test_a_target_in_the_absolute_form_is_taken_and_its_host_counts(bare, target, host, status):
+    answer = raw(bare, f'GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n'.encode())
+    assert answer.startswith(b'HTTP/1.1 ' + status)
 
 
 def test_chunks_with_extensions_and_trailers_are_taken(bare):
@@ -602,28 +605,30 @@ LARGE_BODIES = {
 
 @pytest.mark.parametrize('body', LARGE_BODIES.values(), ids=LARGE_BODIES)
 def test_a_body_full_of_errors_takes_nobody_elses_turn(bare, body):
-    """A bound of fairness, with room for a machine that is busy: it took others 2.6 to 5.7 s when each error
-    was looked for."""
-    data, waits = json.dumps(body, separators=(',', ':')).encode(), []
+    """It took others 2.6 to 5.7 s when each error was looked for."""
+    def call():
+        assert bare.get('/health')['version']
+    alone, waits = [seconds_of(call) for _ in range(10)], []
+    data = json.dumps(body, separators=(',', ':')).encode()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        job = pool.submit(lambda: requests.post(f'http://127.0.0.1:{bare.port}/api/workspaces', data=data,
-                                                headers={'Content-Type': 'application/json'}))
+        headers, url = {'Content-Type': 'application/json'}, f'http://127.0.0.1:{bare.port}/api/workspaces'
+        job = pool.submit(lambda: requests.post(url, data=data, headers=headers))
         while not job.done():
-            begun = time.monotonic()
-            assert bare.get('/health')['version']
-            waits.append(time.monotonic() - begun)
+            waits.append(seconds_of(call))
         answer = job.result()
     assert answer.status_code == 400 and 1 <= len(answer.json()['details']) <= 10
-    assert max(waits) < 1.5
+    check_fairness(waits, alone)
 
 
 def test_a_reader_that_pauses_loses_nothing(make_server):
     server = make_server()
-    server.running('work',
-                   env={'PRINT': """awk 'BEGIN {for (n = 1; n <= 100000; n++) print "line " n ", which is long enough to fill what lies between"}'; echo end"""})  # noqa: E501
-    time.sleep(1)
+    line = 'line " n ", which is long enough to fill what lies between'
+    flood = f"""awk 'BEGIN {{for (n = 1; n <= 100000; n++) print "{line}"}}'; echo end"""
+    server.running('work', env={'PRINT': flood})
+    server.until(lambda: server.call('GET', '/api/workspaces/work/logs?tail=1').text == 'end\n', 60)
     with connect(server, 30, receive_buffer=4096) as sock:
-        sock.sendall(f'GET /api/workspaces/work/logs HTTP/1.1\r\nHost: localhost:{server.port}\r\n\r\n'.encode())  # noqa: E501
+        head = f'GET /api/workspaces/work/logs HTTP/1.1\r\nHost: localhost:{server.port}\r\n\r\n'
+        sock.sendall(head.encode())
         file = sock.makefile('rb')
         assert read_head(file)[0] == 200
         text = file.read(1000)
@@ -702,8 +707,8 @@ def test_a_clock_that_is_set_ends_no_task_and_deletes_nothing(start_agents, tmp_
     clock.write_text('+10d')
     time.sleep(3)
     clock.write_text('-10d')
-    assert ended(server,
-                 's')['state'] == 'completed' and server.get('/api/agent/sessions/s')['runs'][0]['durationMs'] < 60_000  # noqa: E501
+    assert ended(server, 's')['state'] == 'completed'
+    assert server.get('/api/agent/sessions/s')['runs'][0]['durationMs'] < 60_000
     clock.write_text('+10d')
     time.sleep(3)
     assert [item['name'] for item in server.get('/api/workspaces')] == ['work', 'agent']

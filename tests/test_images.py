@@ -1,11 +1,12 @@
 """Where the base image comes from, and that nothing hangs where no registry is."""
 import socket
 import subprocess
+import uuid
 
 import gevent
 import gevent.event
 import pytest
-from conftest import ROOT
+from conftest import ROOT, debian
 
 from _agentbackend import images
 from _agentbackend.dockerclient import DockerClient
@@ -54,17 +55,18 @@ def test_a_base_image_that_can_not_be_had_is_told_with_what_to_do(make_templates
 
 
 def test_a_base_image_that_somebody_makes_meanwhile_is_waited_for(make_templates, docker_client, monkeypatch):
-    monkeypatch.setattr(images, 'OWN_BASE_IMAGE', 'agentbackend-test:coming')
+    name = f'agentbackend-test:{uuid.uuid4().hex}'
+    monkeypatch.setattr(images, 'OWN_BASE_IMAGE', name)
     monkeypatch.setattr(images, 'BASE_PAUSE', 0.1)
     templates = make_templates(base_image='127.0.0.1:9/none:latest', base_image_timeout=20)
     waiting = gevent.spawn(templates._debian, lambda line: None)
     gevent.sleep(0.5)
     assert not waiting.ready()
-    docker_client.images.list()[0].tag('agentbackend-test', 'coming')
+    docker_client.images.get(debian()).tag(name)
     try:
-        assert waiting.get(timeout=10) == 'agentbackend-test:coming'
+        assert waiting.get(timeout=10) == name
     finally:
-        docker_client.api.remove_image('agentbackend-test:coming')
+        docker_client.api.remove_image(name)
 
 
 def test_the_base_image_of_the_engine_is_taken_first(make_templates, docker_client, templates_dir):
@@ -81,6 +83,27 @@ def test_what_makes_a_base_image_says_what_it_lacks():
     ended = subprocess.run(['setpriv', '--reuid=65534', '--clear-groups', *script], capture_output=True,
                            text=True)
     assert ended.returncode == 1 and 'needs root' in ended.stderr
+
+
+def test_how_far_a_build_is_and_what_it_prints_is_told(make_server, own_templates):
+    folder, add = own_templates
+    add('fresh', 'RUN echo the-build-says-this && sleep 3')
+    server = make_server(TEMPLATES_DIR=str(folder), PREBUILD='fresh')
+
+    def image():
+        return server.get('/health')['templates']['fresh']
+    server.until(lambda: image().get('lastLine') == 'the-build-says-this')
+    told = image()
+    assert (told['state'], told['step'], told['steps']) == ('building', 6, 8)
+    shown = next(item for item in server.get('/api/templates') if item['name'] == 'fresh')
+    assert (shown['step'], shown['steps']) == (6, 8)
+    log = server.call('GET', '/api/templates/fresh/log').text.splitlines()
+    assert log[0].startswith('Building image ') and log[-1] == 'the-build-says-this'
+    server.until(lambda: image()['state'] == 'ready')
+    assert image().keys() == {'image', 'state'}
+    assert 'Step 8/8 : ' in server.call('GET', '/api/templates/fresh/log').text
+    assert server.call('GET', '/api/templates/tiny/log').text == ''
+    assert server.call('GET', '/api/templates/none/log').json()['code'] == 'NOT_FOUND'
 
 
 def test_an_image_has_another_name_when_what_it_is_made_of_has_changed(make_templates, tmp_path):

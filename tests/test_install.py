@@ -73,8 +73,8 @@ def found_by(python, folder):
 def test_every_file_of_the_data_folders_is_installed_and_found(installed, tmp_path):
     module, data = found_by(installed / 'bin' / 'python', tmp_path)
     assert module.startswith(str(installed)), 'this is the checkout'
-    assert {path for path in data if path.startswith(tuple(f'{folder}/'
-                                                           for folder in FOLDERS))} == versioned(*FOLDERS)
+    found = {path for path in data if path.partition('/')[0] in FOLDERS}
+    assert found == versioned(*FOLDERS)
 
 
 def test_what_is_installed_is_what_is_in_the_checkout(installed, tmp_path):
@@ -95,8 +95,8 @@ def test_the_console_script_serves_from_another_folder(installed, tmp_path):
             port = re.search(r'serves http://127\.0\.0\.1:(\d+)', server.stderr.readline())[1]
             with urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5) as answer:
                 health = json.load(answer)
-            assert health['docker'] == 'disconnected' and {'base', 'bun-typescript',
-                                                           'blank'} <= set(health['templates'])
+            assert health['docker'] == 'disconnected'
+            assert {'base', 'bun-typescript', 'blank'} <= set(health['templates'])
         finally:
             server.send_signal(signal.SIGTERM)
         server.stderr.read()

@@ -11,10 +11,10 @@ DOOR = 'agentbackend'
 RULE = re.compile(r'# -{60,}')
 # From the ground up: each file knows only those before it. The docstring of the door is the same list, from
 # the top down.
-LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'wire', 'positions', 'schemas',
-          'config', 'records', 'store', 'state', 'dockerclient', 'engine', 'runs', 'images',
-          'views', 'pages', 'events', 'logs', 'claim', 'probes', 'recipe', 'workspaces', 'keeper', 'gate',
-          'tasks', 'feeds', 'clients', DOOR)
+LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'sshkeys', 'wire',
+          'positions', 'schemas', 'config', 'records', 'store', 'state', 'dockerclient', 'engine', 'runs',
+          'images', 'views', 'pages', 'events', 'logs', 'claim', 'probes', 'drafts', 'recipe', 'workspaces',
+          'keeper', 'gate', 'tasks', 'feeds', 'clients', DOOR)
 HOMES = {  # foreign library -> the files that may use it
     'docker': {'dockerclient', 'engine', 'images'}, 'requests': {'dockerclient'}, 'urllib3': {'dockerclient'},
     'jsonschema': {'schemas'}, 'referencing': {'schemas'},
@@ -71,8 +71,8 @@ def taken_from_the_module(text, node):
     a meaning of its own."""
     lines = text.splitlines(keepends=True)
     first = min([node.lineno, *(item.lineno for item in getattr(node, 'decorator_list', ()))])
-    found, tables = set(), [symtable.symtable(''.join(lines[first - 1:node.end_lineno]), '<statement>',
-                                              'exec')]
+    statement = ''.join(lines[first - 1:node.end_lineno])
+    found, tables = set(), [symtable.symtable(statement, '<statement>', 'exec')]
     while tables:
         table = tables.pop()
         tables += table.get_children()
@@ -90,8 +90,10 @@ def section_of(module, node):
 
 def length(function):
     """Return how many lines a function has beside its docstring."""
-    docstring = function.body[0].end_lineno - function.body[0].lineno + 1 if ast.get_docstring(function) else 0  # noqa: E501
-    return function.end_lineno - function.lineno + 1 - docstring
+    if not ast.get_docstring(function):
+        return function.end_lineno - function.lineno + 1
+    docstring = function.body[0]
+    return function.end_lineno - function.lineno - (docstring.end_lineno - docstring.lineno)
 
 
 def test_the_map_lists_every_file_from_the_top_down():
@@ -115,9 +117,9 @@ def test_a_file_knows_only_those_below_it(module):
     below = {f'_agentbackend.{name}' for name in LAYERS[:LAYERS.index(module.name)]} | {'_agentbackend'}
     for line, imported in module.imports():
         if imported.partition('.')[0] in ('_agentbackend', DOOR):
-            assert imported in below, (f'{module.path.name}:{line} imports {imported}, which stands above '
-                                       'it: what both need belongs into '
-                                       'a file below both, or is handed in by whoever composes them')
+            assert imported in below, (
+                f'{module.path.name}:{line} imports {imported}, which stands above it: what both need '
+                'belongs into a file below both, or is handed in by whoever composes them')
 
 
 @every_module
@@ -146,7 +148,8 @@ def test_a_section_is_read_after_those_it_uses(module):
     for node in module.tree.body:
         upward = [name for name in taken_from_the_module(module.text, node)
                   if home.get(name, 0) > section_of(module, node)]
-        assert not upward, f'{module.path.name}:{node.lineno} uses {", ".join(upward)} of a later section: move it up, or this down'  # noqa: E501
+        assert not upward, (f'{module.path.name}:{node.lineno} uses {", ".join(upward)} of a later section: '
+                            'move it up, or this down')
 
 
 @every_module
@@ -156,6 +159,19 @@ def test_imports_stand_at_the_head(module):
               and node not in heads]
     others = [node.lineno for node in module.tree.body if isinstance(node, DEFINITIONS)]
     assert not inside and not [node.lineno for node in heads if others and node.lineno > others[0]]
+
+
+def test_no_test_module_imports_another():
+    """What several need stands in helpers.py, or in a module beside it that says what it is for."""
+    found = []
+    for path in (ROOT / 'tests').glob('*.py'):
+        imports = [node for node in ast.walk(ast.parse(path.read_text()))
+                   if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in imports for alias in node.names} | {
+            node.module for node in imports if isinstance(node, ast.ImportFrom)}
+        found += [f'{path.name} imports {name}: move what it needs to helpers.py'
+                  for name in names if name.startswith('test_')]
+    assert not found, '\n'.join(found)
 
 
 def test_gevent_is_patched_before_anything_else():

@@ -1,16 +1,28 @@
 """What the README tells a new user to do, done word for word."""
+import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import requests
 import websocket
+from browsing import CHROMIUM, create, opened_browser, pages_of, visit
 from conftest import ROOT, Served, remove_objects
 from fake_anthropic import FakeAnthropic, bridge_address
+from helpers import free_port
+from playwright.sync_api import expect
+
+from _agentbackend.config import Config
+from _agentbackend.pages import every_error
+from agentbackend import ROUTES
 
 README = (ROOT / 'README.md').read_text()
 
@@ -52,40 +64,47 @@ def test_the_whole_exchange_with_curl_works_as_it_stands(on_port_3100, tmp_path,
     assert '"status":"healthy"' in said['0'] and '"status":"creating"' in said['1']
     assert '"status":"running"' in said['2']
     assert said['3'].startswith('1.4.5\n')
-    assert said['4'].rstrip().endswith('hello')
-    assert '"type":"progress"' in said['5']
-    assert '{"step":1,"total":3,"message":"Creating index.ts..."}' in said['5']
-    assert '"type":"result"' in said['5']
-    assert '"deleted":true' in said['6']
+    assert said['5'].rstrip().endswith('hello')
+    assert '"type":"progress"' in said['6']
+    assert '{"step":1,"total":3,"message":"Creating index.ts..."}' in said['6']
+    assert '"type":"result"' in said['6']
+    assert '"deleted":true' in said['7']
 
 
 def test_every_setting_that_the_readme_names_exists():
-    from _agentbackend.config import Config
     known = {name.upper() for name in Config.__dataclass_fields__}
     named = set(re.findall(r'\b([A-Z]+(?:_[A-Z]+)+)=', README)) | set(re.findall(r'-e ([A-Z_]+)=', README))
     assert named <= known, named - known
 
 
-def test_the_table_of_errors_knows_every_code():
-    from _agentbackend.pages import every_error
-    codes = {error.code for error in every_error()}
-    told = set(re.findall(r'`([A-Z_]+)`', section('The API at a glance').partition('### Errors')[2]))
-    assert codes <= told, codes - told
+def test_the_table_of_errors_knows_every_code_with_its_status():
+    statuses = {}
+    for error in every_error():
+        statuses.setdefault(error.code, set()).add(error.status)
+    table = section('The API at a glance').partition('### Errors')[2]
+    named = []
+    for first, second in re.findall(r'^\| (`[A-Z_`, ]+) \| ([\d, ]+) \|', table, re.MULTILINE):
+        codes = re.findall(r'[A-Z_]+', first)
+        told = {int(status) for status in second.split(', ')}
+        assert told == set().union(*(statuses.get(code, ()) for code in codes)), codes
+        named += codes
+    assert sorted(named) == sorted(statuses)
 
 
-def test_the_table_of_calls_names_every_route():
-    from agentbackend import ROUTES
-    told = section('The API at a glance')
-    # Which only the pages call.
-    for route in [route for route in ROUTES if not route.path.startswith('/static/')]:
-        last = re.sub(r'<\w+>', '', route.path).rstrip('/').rpartition('/')[2]
-        assert last in told or route.path == '/', route.path
+def test_the_table_of_calls_names_every_route_and_no_other():
+    table = section('The API at a glance').partition('\n### ')[0]
+    named = [(method, re.sub(r':\w+', ':', path), query)
+             for method, path, query in re.findall(r'`([A-Z]+) (/[^?`]*)(?:\?([^`]*))?`', table)]
+    routes = {(route.method, re.sub(r'<\w+(:path)?>', ':', route.path)): route
+              for route in ROUTES if route.tag}
+    assert sorted((method, path) for method, path, _ in named) == sorted(routes)
+    for method, path, query in [item for item in named if item[2]]:
+        schema = json.loads((ROOT / 'schemas' / f'{routes[method, path].query}.json').read_text())
+        assert set(re.findall(r'(\w+)=', query)) == set(schema['properties']), path
 
 
 def test_the_embedding_example_serves_both_programs(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = blocks(section('Embedding'), 'python')[0]
     assert '8000' in code
     (tmp_path / 'program.py').write_text(code.replace('8000', str(port)))
@@ -104,6 +123,11 @@ def test_the_embedding_example_serves_both_programs(tmp_path):
                 raise AssertionError('it does not answer')
             assert get('/health').json()['version'] and get('/').text == 'my own program\n'
             assert get('/api/workspaces').json() == {'success': True, 'data': []}
+            for page in ('/openapi', '/openapi?plain'):
+                needed = re.findall(r'(?:src|href)="(static/[^"]+)"', get(page).text)
+                answers = {path: get(f'/{path}') for path in needed}
+                assert answers and all(answer.status_code == 200 for answer in answers.values()), page
+                assert not [path for path in needed if b'my own' in answers[path].content[:100]], page
         finally:
             running.kill()
 
@@ -118,10 +142,8 @@ def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_cl
         served.create('mine', ssh=False)
         workspace = served.wait_status('mine', 'running', 'error', timeout=1500)
         assert workspace['status'] == 'running', workspace
-        code, output = docker_client.containers.get(f'{served.instance}-mine').exec_run(['lua5.4',
-                                                                                         'main.lua'],
-                                                                                         user='dev',
-                                                                                         workdir='/workspace/mine')
+        container = docker_client.containers.get(f'{served.instance}-mine')
+        code, output = container.exec_run(['lua5.4', 'main.lua'], user='dev', workdir='/workspace/mine')
         assert (code, output) == (0, b'hello\n')
         assert any(item['name'] == 'lua' and item['description'] == 'Lua, with what all workspaces share.'
                    for item in served.get('/api/templates'))
@@ -159,12 +181,6 @@ def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client):
         remove_objects(docker_client, served.instance)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def with_nginx(folder, port, target):
     """Return the command that runs nginx with the README's block."""
     location = blocks(section('Homelab'), 'nginx')[0].replace('127.0.0.1:3100', target)
@@ -178,40 +194,105 @@ def with_nginx(folder, port, target):
     return [shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin'), '-c', str(config)]
 
 
+def caddyfile(target):
+    """Return the README's block for Caddy, in front of a server that may have another port."""
+    block = re.search(r'```\n(# /etc/caddy/Caddyfile\n.*?)```', section('Homelab'), re.DOTALL)[1]
+    assert '127.0.0.1:3100' in block
+    return block.replace('127.0.0.1:3100', target)
+
+
 def with_caddy(folder, port, target):
     """Return the command that runs Caddy with the README's block, but without a certificate, which takes a
     name that the world knows."""
-    block = re.search(r'```\n(dev\.example\.org \{.*?)```', section('Homelab'), re.DOTALL)[1]
     config = folder / 'Caddyfile'
-    config.write_text('{\nadmin off\n}\n' + block.replace('127.0.0.1:3100',
-                                                          target).replace('dev.example.org {',
-                                                                          f'http://dev.example.org:{port} {{'))  # noqa: E501
+    block = caddyfile(target)
+    block = block.replace('dev.example.org {', f'http://dev.example.org:{port} {{')
+    config.write_text('{\nadmin off\n}\n' + block)
     return ['caddy', 'run', '--config', str(config), '--adapter', 'caddyfile']
 
 
 @pytest.mark.parametrize('proxy', [with_nginx, with_caddy])
 def test_behind_a_proxy_streams_and_websockets_pass(make_server, tmp_path, proxy):
-    server, port = make_server(ALLOWED_HOSTS='dev.example.org',
-                               ALLOWED_ORIGINS='https://dev.example.org'), free_port()
+    server = make_server(ALLOWED_HOSTS='dev.example.org')
+    port = free_port()
     env = {**os.environ, 'XDG_DATA_HOME': str(tmp_path), 'XDG_CONFIG_HOME': str(tmp_path)}
     with subprocess.Popen(proxy(tmp_path, port, f'127.0.0.1:{server.port}'), stdin=subprocess.DEVNULL,
                           env=env) as running:
         try:
-            headers = {'Host': f'dev.example.org:{port}', 'Origin': 'https://dev.example.org'}
-            server.until(lambda: not subprocess.run(['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}'],
-                                                    stderr=subprocess.DEVNULL).returncode, 10)
+            headers = {'Host': f'dev.example.org:{port}', 'Origin': f'http://dev.example.org:{port}'}
+            look = ['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{port}']
+            server.until(lambda: not subprocess.run(look, stderr=subprocess.DEVNULL).returncode, 10)
             assert requests.get(f'http://127.0.0.1:{port}/health', headers=headers,
                                 timeout=5).json()['docker'] == 'connected'
             with requests.get(f'http://127.0.0.1:{port}/agent/sse/some-session', headers=headers, stream=True,
                               timeout=5) as stream:
                 assert next(stream.iter_lines()) == b': events'
-            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', host=headers['Host'],
-                                                 origin='https://dev.example.org', timeout=5)
+            client = websocket.create_connection(f'ws://127.0.0.1:{port}/agent/ws', timeout=5,
+                                                 host=headers['Host'], origin=headers['Origin'])
             client.send('{"type":"ping"}')
             assert '"pong"' in client.recv()
             client.close()
         finally:
             running.terminate()
+
+
+@contextlib.contextmanager
+def another_machine(network):
+    """Give (our address, a browser) of another machine, which knows this one as dev.example.org."""
+    address = network.join()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'chromium'
+        path.write_text(f'#!/bin/sh\nexec {shlex.join([*network.prefix, CHROMIUM])} "$@"\n')
+        path.chmod(0o755)
+        with opened_browser(f'--host-resolver-rules=MAP dev.example.org {address}', path=path) as browser:
+            yield address, browser
+
+
+def test_another_machine_in_the_house_finds_all_of_it(make_server, network, tmp_path):
+    unit = blocks(section('Homelab'), 'ini')[0]
+    settings = dict(word.split('=', 1) for line in re.findall(r'^Environment=(.*)$', unit, re.MULTILINE)
+                    for word in shlex.split(line))
+    server = make_server(**settings)
+    server.headers['Authorization'] = f"Bearer {settings['API_TOKEN']}"
+    ports = [free_port(), free_port()]
+    config = tmp_path / 'Caddyfile'  # the authority of all names is Caddy's own here
+    config.write_text(f'{{\nadmin off\nlocal_certs\nskip_install_trust\nhttp_port {ports[0]}\nhttps_port '
+                      f'{ports[1]}\n}}\n' + caddyfile(f'127.0.0.1:{server.port}'))
+    env = {**os.environ, 'XDG_DATA_HOME': str(tmp_path), 'XDG_CONFIG_HOME': str(tmp_path)}
+    caddy = subprocess.Popen(['caddy', 'run', '--config', str(config), '--adapter', 'caddyfile'], env=env,
+                             stdin=subprocess.DEVNULL)
+    subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', tmp_path / 'key'], check=True)
+    try:
+        with another_machine(network) as (address, browser), pages_of(browser) as make_page:
+            look = ['bash', '-c', f'exec 3<>/dev/tcp/127.0.0.1/{ports[1]}']
+            server.until(lambda: not subprocess.run(look, stderr=subprocess.DEVNULL).returncode, 20)
+            page = make_page(ignore_https_errors=True, viewport={'width': 390, 'height': 844},
+                             expected='status of 401')
+            visit(page, f'https://dev.example.org:{ports[1]}/')
+            page.fill('#token-form [name=token]', settings['API_TOKEN'])
+            page.click('#token-submit')
+            expect(page.locator('#link')).to_have_text('live')
+            page.click('#new-button')
+            page.click('#create-form summary')
+            page.fill('#create-form [name=sshPublicKeys]', (tmp_path / 'key.pub').read_text())
+            page.fill('#create-form [name=ports]', '8080')
+            page.fill('#create-form [name=env]', 'PRINT=httpd -p 8080 -h /www')
+            create(page, 'shared')
+            expect(page.locator('#ws-status')).to_have_text('running')
+            made = server.get('/api/workspaces/shared')
+            expect(page.locator('#ws-editor')).to_have_attribute(
+                'href', f"http://dev.example.org:{made['codeServerPort']}/?folder=/workspace/shared")
+            expect(page.locator('#facts')).to_contain_text('dev@dev.example.org')
+            expect(page.locator('#facts a', has_text='8080')).to_have_attribute(
+                'href', f"http://dev.example.org:{made['ports']['8080']}/")
+            with network.entered():
+                for port in (made['codeServerPort'], made['ports']['8080']):
+                    assert requests.get(f'http://{address}:{port}/healthz', timeout=10).status_code == 200
+                with socket.create_connection((address, made['sshPort']), timeout=10) as connection:
+                    assert connection.recv(4) == b'SSH-'
+    finally:
+        caddy.terminate()
+        caddy.wait()
 
 
 def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, templates_dir):
@@ -232,18 +313,19 @@ def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, tem
         if name and (ROOT / name).exists() and not name.startswith('tests/'):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    (source / 'Dockerfile').write_text(dockerfile.replace('FROM python:3.12-slim\n',
-                                                          f'FROM {image}\nENTRYPOINT []\n'))
+    own_base = f'FROM {image}\nENTRYPOINT []\n'
+    (source / 'Dockerfile').write_text(dockerfile.replace('FROM python:3.12-slim\n', own_base))
     tag = f'agentbackend-test:{builder.instance}'
     docker_client.images.build(path=str(source), tag=tag, rm=True, forcerm=True)
     environment = {'API_TOKEN': 'change-me', 'WORKSPACE_HOST': 'localhost', 'INSTANCE': builder.instance,
                    'PREBUILD': 'none'}
-    container = docker_client.containers.run(tag, detach=True, environment=environment,
-                                             ports={'3100/tcp': ('127.0.0.1', None)},
-                                             volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})  # noqa: E501
+    engine = {'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}}
+    container = docker_client.containers.run(tag, detach=True, environment=environment, volumes=engine,
+                                             ports={'3100/tcp': ('127.0.0.1', None)})
     try:
         container.reload()
-        builder.port, builder.headers = int(container.ports['3100/tcp'][0]['HostPort']), {'Authorization': 'Bearer change-me'}  # noqa: E501
+        builder.port = int(container.ports['3100/tcp'][0]['HostPort'])
+        builder.headers = {'Authorization': 'Bearer change-me'}
 
         def connected():
             try:

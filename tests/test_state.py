@@ -59,12 +59,12 @@ from _agentbackend.state import State
 state = State(sys.argv[1], {'codeServer': (1, 1000), 'ssh': (1001, 2000), 'custom': (2001, 3000)})
 state.open()
 for number in range(60):
-    state.adopt(Workspace(id=f'ws-{number:08d}', name=f'w{number}', folder='f', type='persistent', template='t',
-                          created_at=number, labels={'filler': 'x' * 3000}, status='running'))
+    state.adopt(Workspace(id=f'ws-{number:08d}', name=f'w{number}', folder='f', type='persistent',
+                          template='t', created_at=number, labels={'filler': 'x' * 3000}, status='running'))
 print('ready', flush=True)
 while True:
     state.update('ws-00000000', labels={'now': repr(time.time())})
-"""  # noqa: E501
+"""
 
 
 def draft(name='a', **fields):
@@ -190,8 +190,8 @@ def test_ports_are_never_given_twice_to_200_greenlets():
     made = gevent.pool.Pool(200).map(reserve, range(200))
     ports = [port for workspace in made for port in workspace.ports.values()]
     assert len(set(ports)) == len(ports) == 800
-    assert {kind: used for kind, (used, _) in state.ports_in_use().items()} == {'codeServer': 200, 'ssh': 200,
-                                                                                'custom': 400}
+    used = {kind: count for kind, (count, _) in state.ports_in_use().items()}
+    assert used == {'codeServer': 200, 'ssh': 200, 'custom': 400}
     assert len({workspace.id for workspace in made}) == 200
 
 
@@ -343,8 +343,8 @@ def test_everything_survives_a_reopening(open_state):
     again = open_state()
     assert again.all() == state.all() and again.sessions() == state.sessions() and again.id == state.id
     assert again.runs('s') == state.runs('s') and [run.number for run in again.runs('s')] == [1, 2]
-    assert {run.id for run in again.open_runs()} == {run.id
-                                                     for run in state.open_runs()} and len(again.open_runs()) == 2  # noqa: E501
+    assert {run.id for run in again.open_runs()} == {run.id for run in state.open_runs()}
+    assert len(again.open_runs()) == 2
     assert again.get(workspace.id).runs_begun == 3
 
 
@@ -463,24 +463,22 @@ def old_file(tmp_path, document):
 OLD_RUN = {'number': 1, 'id': 'run-1', 'task': 't', 'started_at': 5.0, 'timeout': 60, 'boot': 'b',
            'state': 'completed', 'stop': None,
            'end': {'type': 'result', 'data': {}}, 'length': 3, 'ended_at': 6.0}
-OLD = {'version': 1, 'workspaces': [{'id': 'ws-old00001', 'name': 'old', 'folder': 'old',
-                                     'type': 'persistent', 'template': 't', 'created_at': 1.0,
-                                     'status': 'running', 'ports': {'codeServer': 8443}, 'wanted_ports': [],
-                                     'ssh': False}],
+NEXT_RUN = {**OLD_RUN, 'number': 2, 'id': 'run-2', 'state': 'running', 'end': None, 'ended_at': None}
+OLD = {'version': 1,
+       'workspaces': [{'id': 'ws-old00001', 'name': 'old', 'folder': 'old', 'type': 'persistent',
+                       'template': 't', 'created_at': 1.0, 'status': 'running',
+                       'ports': {'codeServer': 8443}, 'wanted_ports': [], 'ssh': False}],
        'sessions': [{'id': 's', 'workspace_id': 'ws-old00001', 'agent': 'claude', 'created_at': 2.0,
-                     'agent_session_id': 'x', 'conversed': True,
-                     'total_cost_usd': 1.5, 'runs': [OLD_RUN,
-                                                     OLD_RUN
-                                                     | {'number': 2, 'id': 'run-2', 'state': 'running',
-                                                        'end': None, 'ended_at': None}]}]}
+                     'agent_session_id': 'x', 'conversed': True, 'total_cost_usd': 1.5,
+                     'runs': [OLD_RUN, NEXT_RUN]}]}
 
 
 def test_the_json_file_of_earlier_versions_is_taken_over_once(open_state, tmp_path):
     path = old_file(tmp_path, OLD)
     state = open_state()
     assert [item.name for item in state.all()] == ['old'] and state.get('old').runs_begun == 2
-    assert [(run.number, run.serial, run.state) for run in state.runs('s')] == [(1, 1, 'completed'),
-                                                                                (2, 2, 'running')]
+    runs = [(run.number, run.serial, run.state) for run in state.runs('s')]
+    assert runs == [(1, 1, 'completed'), (2, 2, 'running')]
     assert state.session('s').total_cost_usd == 1.5 and [run.id for run in state.open_runs()] == ['run-2']
     state.update('ws-old00001', labels={'a': 'b'})
     state.close()
@@ -546,16 +544,6 @@ def test_a_killed_process_leaves_a_whole_file_every_time(tmp_path):
 
 
 # A disk that refuses
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own of half a megabyte."""
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', folder], check=True)
-    yield folder
-    subprocess.run(['umount', '--lazy', folder], check=True)
 
 
 def fill(folder):
@@ -632,9 +620,8 @@ def test_runs_are_counted_in_their_session_and_in_their_workspace(any_state):
     assert [(run.number, run.serial) for run in any_state.runs('s')] == [(1, 1), (2, 3)]
     assert any_state.session('s').count == 2 and any_state.session('s').last.state == 'completed'
     assert [run.serial for run in any_state.runs_begun(workspace.id, 2)] == [2, 3]
-    assert [run.number for run in any_state.runs('s', after=1)] == [2] and [run.number
-                                                                            for run in any_state.runs('s',
-                                                                                                      limit=1)] == [1]  # noqa: E501
+    assert [run.number for run in any_state.runs('s', after=1)] == [2]
+    assert [run.number for run in any_state.runs('s', limit=1)] == [1]
 
 
 def test_a_session_has_one_run_at_a_time_and_all_together_a_limit(any_state):
@@ -670,9 +657,8 @@ def test_sessions_and_runs_go_with_their_workspace(open_state):
     # Whose follower comes too late.
     end(state, Session(id='s', workspace_id=workspace.id, agent='a', created_at=1.0, last=run_of()))
     state.flush()
-    assert list(kept(state.path, 'sessions')) == ['spared'] and [run['session_id']
-                                                                 for run in kept(state.path,
-                                                                                 'runs')] == ['spared']
+    assert list(kept(state.path, 'sessions')) == ['spared']
+    assert [run['session_id'] for run in kept(state.path, 'runs')] == ['spared']
 
 
 def test_ended_runs_are_not_held_in_memory(open_state):
@@ -707,9 +693,8 @@ def test_outdated_runs_are_those_beyond_a_number_or_an_age(open_state):
     outdated = state.outdated_runs(0, time.time() + 1)
     assert sorted(run.serial for run in outdated) == [1, 2, 3, 4, 5, 6]
     state.forget_runs([run for run in outdated if run.serial < 6])
-    assert {item.id for item in state.sessions()} == {'s1',
-                                                      'running'} and [run.serial
-                                                                      for run in state.runs('s1')] == [6]
+    assert {item.id for item in state.sessions()} == {'s1', 'running'}
+    assert [run.serial for run in state.runs('s1')] == [6]
     assert sorted(run['serial'] for run in kept(state.path, 'runs')) == [6, 7]
 
 
@@ -736,8 +721,8 @@ def test_a_clock_that_is_set_moves_what_expiry_counts_from(open_state, monkeypat
     monkeypatch.setattr(state_module, 'clock_offset', lambda: offset + 1e6)
     monkeypatch.setattr(state_module.time, 'time', lambda: now + 1e6)
     assert state.follow_the_clock() == pytest.approx(1e6, abs=1)
-    assert state.get(workspace.id).expires_at == pytest.approx(now + 60 + 1e6,
-                                                               abs=1) and state.expire(now + 1e6) == []
+    assert state.get(workspace.id).expires_at == pytest.approx(now + 60 + 1e6, abs=1)
+    assert state.expire(now + 1e6) == []
     assert state.get(other.id).last_activity_at == now - 40
     monkeypatch.setattr(state_module, 'clock_offset', lambda: offset)
     monkeypatch.setattr(state_module.time, 'time', lambda: now)

@@ -8,8 +8,8 @@ import time
 import gevent
 import pytest
 from conftest import Network, Served, remove_objects
+from helpers import OwnEngine
 from streaming import Sse, Ws
-from test_adoption import OwnEngine
 
 COUNT = 5000  # lines of each stream
 # 20 lines of each stream, every 90 ms or so.

@@ -1,13 +1,13 @@
 """The real images: what they bring, how they clone, and what they may not do."""
 import base64
 import http.server
-import ipaddress
 import subprocess
 import threading
 
 import pytest
 import requests
 from conftest import ROOT, Served, objects_of, remove_objects
+from fake_anthropic import bridge_address
 from helpers import state_path
 
 SKELETON_TESTS = {'bun-typescript': 'bun test', 'node-typescript': 'npm test',
@@ -156,7 +156,7 @@ def git_server(tmp_path_factory, docker_client):
         def log_message(self, *args):
             pass
 
-    gateway = str(next(ipaddress.ip_network(docker_client.networks.get('bridge').attrs['IPAM']['Config'][0]['Subnet']).hosts()))  # noqa: E501
+    gateway = bridge_address(docker_client)
     server = http.server.ThreadingHTTPServer((gateway, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'{gateway}:{server.server_port}'
@@ -172,17 +172,18 @@ def test_a_repository_is_cloned_with_its_branch_and_without_its_credentials(real
                   'cat hello.txt; git rev-parse --abbrev-ref HEAD')[1] == 'hello\nfeature/x\n'
     container = docker_client.containers.get(f'{real.instance}-cloned')
     volume = docker_client.volumes.get(f"{real.instance}-{workspace['id']}")
-    secret = USER_AND_PASSWORD.partition(':')[2]
+    secret, state = USER_AND_PASSWORD.partition(':')[2], state_path(real)
+    journal = state.with_name(f'{state.name}-wal')
+
+    def printed(*command):
+        return container.exec_run(command)[1].decode('utf-8', 'replace')
     places = {'inspect': str(container.attrs), 'volume': str(volume.attrs),
-              'container log': container.logs().decode(),
-              'server log': real.log.read_text(),
-              'state file': state_path(real).read_bytes().decode('latin-1')
-              + state_path(real).with_name(f'{state_path(real).name}-wal').read_bytes().decode('latin-1'),
+              'container log': container.logs().decode(), 'server log': real.log.read_text(),
+              'state file': (state.read_bytes() + journal.read_bytes()).decode('latin-1'),
               'api': real.call('GET', '/api/workspaces/cloned').text,
-              'files': container.exec_run(['grep', '-rlsF', secret, '/workspace', '/etc', '/home', '/run',
-                                           '/tmp', '/root'])[1].decode(),
-              'processes': container.exec_run(['bash', '-c',
-                                               'cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null'])[1].decode('utf-8', 'replace')}  # noqa: E501
+              'files': printed('grep', '-rlsF', secret, '/workspace', '/etc', '/home', '/run', '/tmp',
+                               '/root'),
+              'processes': printed('bash', '-c', 'cat /proc/[0-9]*/{cmdline,environ} 2>/dev/null')}
     assert not [place for place, text in places.items() if secret in text]
     assert not places['files']
     real.call('DELETE', '/api/workspaces/cloned')
@@ -191,8 +192,8 @@ def test_a_repository_is_cloned_with_its_branch_and_without_its_credentials(real
 @pytest.mark.parametrize(('path', 'branch', 'words'), [
     ('open/missing.git', None, 'not found'), ('open/repo.git', 'no-such-branch', 'no-such-branch'),
     ('closed/repo.git', None, 'could not read Username')])
-def test_a_failed_clone_is_told_in_gits_own_words_and_leaves_nothing(real, docker_client, git_server, path,
-                                                                     branch, words):
+def test_a_failed_clone_is_told_in_gits_own_words_and_leaves_nothing(
+        real, docker_client, git_server, path, branch, words):
     fields = {'gitUrl': f'http://{git_server}/{path}'} | ({'gitBranch': branch} if branch else {})
     workspace = made(real, 'broken', template='blank', ssh=False, **fields)
     assert workspace['status'] == 'error' and words in workspace['error'], workspace

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import struct
@@ -16,6 +15,7 @@ import pytest
 import websockets.exceptions
 import websockets.sync.client
 from conftest import Served
+from helpers import check_fairness, memory_of, reset_peak, seconds_of
 from streaming import BINARY, CLOSE, PING, PONG, TEXT, Connection, Ws, connect, frame, read_head
 
 from _agentbackend import wire
@@ -61,8 +61,8 @@ def test_the_stamp_is_read_to_the_nanosecond():
 
 
 def test_frames_may_be_cut_anywhere():
-    data = framed(1, 1, b'one\n') + framed(2, 2, b'two\n') + framed(1, 3, '€ 😀\n'.encode()) + framed(1, 4,
-                                                                                                     b'\n') + framed(2, 5, b'last')  # noqa: E501
+    data = framed(1, 1, b'one\n') + framed(2, 2, b'two\n') + framed(1, 3, '€ 😀\n'.encode())
+    data += framed(1, 4, b'\n') + framed(2, 5, b'last')
     wanted = [(STDOUT, SECOND + 1, 'one'), (STDERR, SECOND + 2, 'two'), (STDOUT, SECOND + 3, '€ 😀'),
               (STDOUT, SECOND + 4, ''), (STDERR, SECOND + 5, 'last')]
     for cut in range(len(data) + 1):
@@ -76,8 +76,8 @@ def test_a_long_line_in_several_frames_is_one(size):
     content = random.Random(size).randbytes(size).hex()[:size].encode() + b'\n'
     data = framed(1, 1, b'before\n') + long_line(1, 2, content) + framed(1, 3, b'after\n')
     for step in (None, 1000, 16384):
-        assert lines_of(data, step=step) == [(1, SECOND + 1, 'before'),
-                                             (1, SECOND + 2, content[:-1].decode()), (1, SECOND + 3, 'after')]
+        assert lines_of(data, step=step) == [
+            (1, SECOND + 1, 'before'), (1, SECOND + 2, content[:-1].decode()), (1, SECOND + 3, 'after')]
 
 
 def test_long_lines_of_both_streams_may_be_mixed():
@@ -123,16 +123,16 @@ def test_a_line_over_the_limit_is_cut_and_costs_no_more():
 
 
 def test_what_is_no_utf_8_is_replaced_and_everything_else_left_alone():
-    data = framed(1, 1, b'bad \xff\xfe\n') + framed(1, 2, b'\x1b[31mred\x1b[0m\n') + framed(1, 3,
-                                                                                            b'a\0b\n') + framed(1, 4, b'10%\r20%\r\n') + framed(1, 5, b' two  spaces \n')  # noqa: E501
-    assert [text for _, _, text in lines_of(data)] == ['bad \ufffd\ufffd', '\x1b[31mred\x1b[0m', 'a\0b',
-                                                       '10%\r20%', ' two  spaces ']
+    contents = (b'bad \xff\xfe\n', b'\x1b[31mred\x1b[0m\n', b'a\0b\n', b'10%\r20%\r\n', b' two  spaces \n')
+    data = b''.join(framed(1, number, content) for number, content in enumerate(contents))
+    assert [text for _, _, text in lines_of(data)] == [
+        'bad \ufffd\ufffd', '\x1b[31mred\x1b[0m', 'a\0b', '10%\r20%', ' two  spaces ']
 
 
 def test_a_line_without_an_end_is_told_at_the_end_or_before_the_next():
     assert lines_of(framed(1, 1, b'no end')) == [(1, SECOND + 1, 'no end')]
-    assert lines_of(framed(1, 1, b'no end') + framed(1, 2, b'next\n')) == [(1, SECOND + 1, 'no end'),
-                                                                           (1, SECOND + 2, 'next')]
+    found = lines_of(framed(1, 1, b'no end') + framed(1, 2, b'next\n'))
+    assert found == [(1, SECOND + 1, 'no end'), (1, SECOND + 2, 'next')]
     assert LogLines(False).end() == LogLines(True).end() == []
 
 
@@ -141,7 +141,8 @@ def test_a_frame_that_is_cut_off_is_not_told():
 
 
 def test_with_a_terminal_there_are_no_frames():
-    data = stamp(1) + b' one\r\n' + stamp(2) + ' \x1b[1m€\x1b[0m\rover\r\n'.encode() + stamp(3) + b' \r\n' + stamp(4) + b' > '  # noqa: E501
+    lines = (b' one\r\n', ' \x1b[1m€\x1b[0m\rover\r\n'.encode(), b' \r\n', b' > ')
+    data = b''.join(stamp(number) + line for number, line in enumerate(lines, 1))
     wanted = [(1, SECOND + 1, 'one'), (1, SECOND + 2, '\x1b[1m€\x1b[0m\rover'), (1, SECOND + 3, ''),
               (1, SECOND + 4, '> ')]
     for step in (None, 1, 7):
@@ -225,13 +226,13 @@ def test_a_silent_stream_is_asked_for_a_little_earlier():
 # Frames
 
 
-@pytest.mark.parametrize('size', [0, 1, 125, 126, 127, 65535, 65536, 200_000])
-def test_frames_have_the_right_length(size):
+@pytest.mark.parametrize(('size', 'head'), [
+    (0, b'\x81\0'), (1, b'\x81\1'), (125, b'\x81\x7d'), (126, b'\x81\x7e\0\x7e'), (127, b'\x81\x7e\0\x7f'),
+    (65535, b'\x81\x7e\xff\xff'), (65536, b'\x81\x7f\0\0\0\0\0\1\0\0'),
+    (200_000, b'\x81\x7f\0\0\0\0\0\3\x0d\x40')])
+def test_frames_have_the_right_length(size, head):
     data = os.urandom(size)
-    found = text_frame(data)
-    wanted = bytes([0x81, size]) if size < 126 else b'\x81\x7e' + struct.pack('!H',
-                                                                              size) if size < 65536 else b'\x81\x7f' + struct.pack('!Q', size)  # noqa: E501
-    assert found == wanted + data
+    assert text_frame(data) == head + data
 
 
 @pytest.mark.parametrize('size', [0, 1, 2, 3, 4, 5, 1000, 65537])
@@ -321,7 +322,7 @@ def test_http_1_0_is_no_websocket(server):
         sock.sendall(b'GET /agent/ws HTTP/1.0\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: '
                      b'Upgrade\r\nSec-WebSocket-Version: 13\r\n'
                      b'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n')
-        assert read_head(file)[0] in (400, 426)
+        assert read_head(file)[0] == 426
     assert 'Traceback' not in server.log.read_text()
 
 
@@ -339,13 +340,12 @@ BROKEN = {
     'fragmented-ping': (frame(b'x', PING, fin=False), 1002),
     'fragmented-close': (frame(b'', CLOSE, fin=False), 1002), 'long-ping': (frame(b'x' * 126, PING), 1002),
     'long-close': (frame(b'\3\xe8' + b'x' * 124, CLOSE), 1002),
-    'stray-continuation': (frame(b'x', 0), 1002), 'text-within-text': (frame(b'x', fin=False) + frame(b'y'),
-                                                                       1002),
-    'not-utf-8': (frame(b'"\xff"'), 1007), 'not-utf-8-in-a-fragment': (frame(b'"', fin=False)
-                                                                       + frame(b'\xc0\xaf"', 0), 1007),
-                                                                       'half-a-character': (frame('€'.encode()[:2]), 1007),  # noqa: E501
-    'surrogate': (frame(b'\xed\xa0\x80'), 1007), 'close-reason-not-utf-8': (frame(b'\3\xe8\xff', CLOSE),
-                                                                            1007),
+    'stray-continuation': (frame(b'x', 0), 1002),
+    'text-within-text': (frame(b'x', fin=False) + frame(b'y'), 1002),
+    'not-utf-8': (frame(b'"\xff"'), 1007),
+    'not-utf-8-in-a-fragment': (frame(b'"', fin=False) + frame(b'\xc0\xaf"', 0), 1007),
+    'half-a-character': (frame('€'.encode()[:2]), 1007), 'surrogate': (frame(b'\xed\xa0\x80'), 1007),
+    'close-reason-not-utf-8': (frame(b'\3\xe8\xff', CLOSE), 1007),
     '4-gib': (frame(b'', length=2**32), 1009), 'all-of-64-bits': (frame(b'', length=2**63 - 1), 1009),
     'one-byte-too-many': (frame(b'', length=LARGEST + 1), 1009),
     'close-of-one-byte': (frame(b'\3', CLOSE), 1002),
@@ -406,20 +406,15 @@ def test_a_message_of_the_largest_size_is_taken(ws):
     assert json.loads(ws.read_frame()[1])['type'] == 'pong'
 
 
-def memory_of(server):
-    return int(re.search(r'VmHWM:\s+(\d+)', open(f'/proc/{server.process.pid}/status').read())[1]) * 1024
-
-
 def test_bombs_take_no_memory(server):
-    with open(f'/proc/{server.process.pid}/clear_refs', 'w') as file:
-        file.write('5')
-    before = memory_of(server)
+    reset_peak(server)
+    before = memory_of(server, 'VmHWM')
     for start, rest in ((frame(b'', length=2**32), b'x' * 65536), (b'', frame(b'x' * 60_000, 0, fin=False))):
         with Ws(server) as stream, contextlib.suppress(OSError):  # it may be thrown out before the end
             stream.socket.sendall(start or frame(b'x', fin=False))
             for _ in range(500):
                 stream.socket.sendall(rest)
-    assert memory_of(server) - before < 8 * 2**20
+    assert memory_of(server, 'VmHWM') - before < 8 * 2**20
     with Ws(server) as stream:
         stream.socket.sendall(frame(b'x', fin=False) + frame(b'x' * 60_000, 0, fin=False) * 20)
         assert stream.closing()[0] == 1009
@@ -472,8 +467,10 @@ def pair():
 
 def test_many_senders_never_tear_a_frame(pair):
     sender, reader = pair
-    jobs = [gevent.spawn(lambda letter=letter: [sender.send_frame(letter * 300_000, TEXT)
-                                                for _ in range(10)]) for letter in 'abcd']
+    def send(letter):
+        for _ in range(10):
+            sender.send_frame(letter * 300_000, TEXT)
+    jobs = [gevent.spawn(send, letter) for letter in 'abcd']
     found = [reader.read_frame()[1] for _ in range(40)]
     gevent.joinall(jobs, raise_error=True)
     assert all(len(set(payload)) == 1 and len(payload) == 300_000 for payload in found)
@@ -486,7 +483,7 @@ def test_a_peer_that_does_not_read_is_dropped_after_a_while(pair, monkeypatch):
     begun = time.monotonic()
     with pytest.raises(wire.WebSocketError):
         sender.send_frame('x' * 10_000_000, TEXT)
-    assert 0.2 < time.monotonic() - begun < 2 and sender.closed
+    assert 0.2 < time.monotonic() - begun < 8 and sender.closed  # ten seconds are the default
 
 
 def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
@@ -506,25 +503,24 @@ def test_a_peer_that_reads_slowly_is_not(pair, monkeypatch):
 # Floods
 
 
-@pytest.mark.parametrize(('first', 'flood'), [(b'', frame(b'', PONG)),
-                                              (frame(b'', fin=False), frame(b'', 0, fin=False)),
-                                              (b'', frame(b'nonsense')),
-                                              (b'', frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}'))],
-                                              ids=['pongs', 'fragments', 'nonsense', 'large'])
+@pytest.mark.parametrize(('first', 'flood'), [
+    (b'', frame(b'', PONG)), (frame(b'', fin=False), frame(b'', 0, fin=False)), (b'', frame(b'nonsense')),
+    (b'', frame(b' ' * (LARGEST - 16) + b'{"type": "ping"}'))],
+    ids=['pongs', 'fragments', 'nonsense', 'large'])
 def test_a_flood_of_one_client_leaves_the_others_their_turn(server, first, flood):
+    def call():
+        assert server.call('GET', '/api/workspaces').status_code == 200
+    alone, waits, rest = [seconds_of(call) for _ in range(20)], [], b''
     with Ws(server) as stream:
         stream.socket.sendall(first)
         stream.socket.setblocking(False)
-        waits, end, rest = [], time.monotonic() + 2, b''
-        while time.monotonic() < end:
-            begun = time.monotonic()
-            for _ in range(200):
+        for _ in range(20):
+            for _ in range(200):  # as much as there is room for
                 with contextlib.suppress(BlockingIOError):
                     rest = rest or flood * (65536 // len(flood) + 1)
                     rest = rest[stream.socket.send(rest):]
-            assert server.call('GET', '/api/workspaces').status_code == 200
-            waits.append(time.monotonic() - begun)
-        assert max(waits) < 0.5, waits
+            waits.append(seconds_of(call))
+    check_fairness(waits, alone)
 
 
 # As others see it

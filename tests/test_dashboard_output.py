@@ -1,0 +1,231 @@
+"""What containers print and agents do, as the dashboard shows it in a real browser."""
+import re
+import shlex
+
+import pytest
+from browsing import PATIENCE, log_lines, open_dashboard, visit
+from conftest import Served, remove_objects
+from playwright.sync_api import expect
+
+# It does what its task says: `plan` has three steps, `wander` tells no total and goes on until it is
+# cancelled, `nasty` tries to break the page.
+AGENT = r'''
+read -r task
+say() { printf '%s\n' "$1"; }
+case $task in
+plan*)
+    say "I do this: $task"
+    for step in 1 2 3; do
+        say '{"type":"progress","data":{"step":'$step',"total":3,"message":"Creating file'$step'.ts"}}'
+        data='{"stream":"tool","tool":"Write","message":"file'$step'.ts","status":'
+        say '{"type":"log","data":'"$data"'"started"}}'
+        sleep 1
+        say '{"type":"log","data":'"$data"'"completed"}}'
+    done
+    say '{"type":"result","data":{"message":"All three files are there."}}' ;;
+wander*)
+    step=0
+    while :; do
+        step=$((step + 1))
+        say "{\"type\":\"progress\",\"data\":{\"step\":$step,\"total\":null,\"message\":\"Looking around\"}}"
+        sleep 0.3
+    done ;;
+*)
+    say '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+    say '{"type":"progress","data":{"step":1,"total":2,"message":"<b onclick=hack()>bold</b>"}}'
+    say '{"type":"result","data":{"message":"<img src=x onerror=window.hacked=1>"}}' ;;
+esac
+'''
+
+
+@pytest.fixture(scope='module')
+def agent_server(tmp_path_factory, templates_dir, docker_client):
+    """A server whose agent is a script, with one workspace `lab` of the template `blank`."""
+    served = Served(tmp_path_factory.mktemp('served'), templates_dir,
+                    AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
+    try:
+        served.create('lab', template='blank')
+        served.wait_status('lab', 'running', timeout=1500)
+        yield served
+    finally:
+        served.stop()
+        print(f'--- log of {served.instance}\n' + served.log.read_text()[-8000:])
+        remove_objects(docker_client, served.instance)
+
+
+# What containers print
+
+
+def test_hostile_output_is_only_text(make_page, server):
+    # busybox printf understands \033; the names would end the test's own console without complaint if they
+    # ran
+    nasty = '; '.join([
+        r"""echo '<img src=x onerror="window.hacked=1">'""",
+        r"""printf '\033[31mred\033[0m \033[1;38;5;208mbold\033[0m '""",
+        r"""printf '\033]0;title\007\033[2J\033[10;10Hmoved\n'""",
+        r"""printf '10%%\r50%%\rdone\n'; echo '<script>window.hacked=1</script>'""",
+        r"""printf '\033]8;;javascript:alert(1)\007link\033]8;;\007\n'"""])
+    server.running('nasty', env={'PRINT': nasty})
+    page = make_page()
+    open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/nasty')['id'])
+    log = page.locator('#log')
+    expect(log).to_contain_text('<img src=x onerror="window.hacked=1">')
+    expect(log).to_contain_text('<script>window.hacked=1</script>')
+    expect(log.locator('.line', has_text='moved').locator('span').first).to_have_text('red bold moved')
+    expect(log.locator('.f1')).to_have_text('red')
+    assert log.locator('.bold').evaluate('node => getComputedStyle(node).color') == 'rgb(255, 135, 0)'
+    expect(log.locator('.line', has_text='done').locator('> span')).to_have_text('done')
+    expect(log.locator('.line', has_text='link').locator('> span')).to_have_text('link')
+    assert page.evaluate('window.hacked') is None and log.locator('img, script, a').count() == 0
+
+
+def test_a_log_of_many_lines_stays_quick(make_page, server, docker_client):
+    """The view holds 10,000 lines and drops the oldest; no task of the page takes long enough to be felt."""
+    server.running('flood',
+                   env={'PRINT': 'while [ ! -e /go ]; do sleep 0.1; done; i=0; while [ $i -lt 12000 ]; do '
+                                 'i=$((i+1)); echo "line $i of the flood"; done; echo the end'})
+    page = make_page()
+    open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/flood')['id'])
+    expect(page.locator('#log')).to_contain_text('tiny is up')
+    page.evaluate("""() => { window.longest = 0;
+        new PerformanceObserver((list) => {
+            for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration);
+        }).observe({entryTypes: ['longtask']}); }""")
+    container = server.get('/api/workspaces/flood')['containerId']
+    docker_client.containers.get(container).exec_run(['touch', '/go'])
+    expect(log_lines(page).last).to_contain_text('the end', timeout=PATIENCE)
+    count = page.evaluate("document.querySelectorAll('#log .line').length")
+    assert 1000 < count <= 10_250
+    assert page.evaluate('window.longest') < 1000, 'of two cores that others use too'
+    assert page.locator('#log').evaluate('box => box.scrollHeight - box.scrollTop - box.clientHeight') < 40
+    took = page.evaluate("""async () => {
+        const view = document.getElementById('log-search'), count = document.getElementById('log-count');
+        const start = performance.now();
+        view.value = '99 of'; view.dispatchEvent(new Event('input'));
+        while (!count.textContent.includes(' of ')) await new Promise(requestAnimationFrame);
+        return performance.now() - start; }""")
+    assert took < 3000
+    expect(page.locator('#log mark').last).to_have_text('99 of')
+
+
+@pytest.fixture(params=['server', 'guarded'])
+def served(request, docker_client):
+    """A server, without a token and with one."""
+    return request.getfixturevalue(request.param)
+
+
+def test_older_lines_are_loaded_and_the_whole_log_is_downloaded(served, make_page):
+    served.running('long', env={'PRINT': 'i=0; while [ $i -lt 5012 ]; do i=$((i+1)); echo "line $i"; done'})
+    served.until(lambda: 'line 5012' in served.call('GET', '/api/workspaces/long/logs?tail=9').text)
+    page = make_page(expected='status of 401')
+    visit(page, '#/w/' + served.get('/api/workspaces/long')['id'], served)
+    if served.headers:
+        page.fill('#token-form [name=token]', 'open sesame')
+        page.click('#token-submit')
+    expect(page.locator('#log-count')).to_have_text('last 2,000 lines')
+    expect(log_lines(page).first).to_contain_text('line 3013')
+    page.click('#log-older')
+    expect(page.locator('#log-count')).to_have_text('5,013 lines')
+    expect(page.locator('#log-older')).to_be_hidden()
+    shown = page.locator('#log .line > span').all_text_contents()
+    assert shown == ['tiny is up', *[f'line {number}' for number in range(1, 5013)]]
+    with page.expect_download() as downloaded:
+        page.click('#log-download')
+    assert downloaded.value.suggested_filename == 'long.log'
+    with open(downloaded.value.path()) as file:
+        assert file.read() == served.call('GET', '/api/workspaces/long/logs').text
+
+
+def test_the_looks_of_the_server_at_sshd_are_left_out(make_page, server):
+    closed = 'Connection closed by 172.24.0.1 port 45180'
+    said = ['before', 'kex_exchange_identification: Connection closed by remote host', closed,
+            'kex_exchange_identification: read: Connection reset by peer',
+            'banner exchange: Connection from 172.24.0.1 port 9: invalid format', 'between', closed, 'after']
+    server.running('probed', env={'PRINT': ''.join(f'echo "{line}" >&2;' for line in said)})
+    page = make_page()
+    open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/probed')['id'])
+    expect(page.locator('#log')).to_contain_text('after')
+    assert page.locator('#log .stderr > span').all_inner_texts() == ['before', 'between', closed, 'after']
+
+
+def test_a_paused_log_waits_and_loses_nothing(make_page, server):
+    server.running('ticking', env={'PRINT': 'i=0; while :; do i=$((i+1)); echo "tick $i."; sleep 0.1; done'})
+    page = make_page()
+    open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/ticking')['id'])
+    expect(page.locator('#log')).to_contain_text('tick 5.')
+    page.keyboard.press('Alt+KeyP')
+    expect(page.locator('#log-pause')).to_have_attribute('aria-pressed', 'true')
+    before = log_lines(page).count()
+    expect(page.locator('#log-count')).to_contain_text(re.compile(r'paused, \d\d new'))
+    assert log_lines(page).count() == before
+    page.keyboard.press('Alt+KeyP')
+    page.wait_for_function(f"document.querySelectorAll('#log .line').length > {before + 5}")
+    numbers = [int(number) for number in re.findall(r'tick (\d+)\.', page.locator('#log').inner_text())]
+    assert numbers == list(range(1, len(numbers) + 1))
+    server.call('DELETE', '/api/workspaces/ticking')
+
+
+# Agents
+
+
+def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server):
+    page = make_page()
+    open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/lab')['id'])
+    expect(page.locator('#ws-editor')).to_be_visible()
+    page.keyboard.press('Alt+KeyA')
+    page.fill('textarea[name=task]', 'plan three files')
+    page.keyboard.press('Control+Enter')
+    track = page.locator('#progress .track')
+    expect(track).to_have_attribute('aria-valuetext', re.compile('^2 of 3 · Creating file2.ts'))
+    expect(track).to_have_attribute('aria-valuemax', '3')
+    expect(page.locator('.task-text')).to_have_text('plan three files')
+    expect(page.locator('#agent-count')).to_have_text('1')
+    expect(page.locator('.end')).to_contain_text('All three files are there.')
+    expect(page.locator('.said')).to_have_text('I do this: plan three files')
+    done = page.locator('.did').evaluate_all('all => all.map((node) => node.dataset.status)')
+    assert done == ['completed'] * 3
+    expect(page.locator('#sessions li')).to_have_count(1)
+    expect(page.locator('#sessions li')).to_contain_text('completed')
+
+    page.click('#session-new')
+    expect(page.locator('.end')).to_have_count(0)
+    page.fill('textarea[name=task]', 'wander about')
+    page.click('#task-run')
+    expect(page.locator('#progress .track.unknown')).to_be_visible()
+    expect(track).to_have_attribute('aria-valuetext', re.compile(r'\d done so far · Looking around'))
+    assert track.get_attribute('aria-valuenow') is None
+    page.click('#task-cancel')
+    expect(page.locator('.end.failed')).to_contain_text('AGENT_CANCELLED')
+    expect(page.locator('#task-run')).to_be_enabled()
+    expect(page.locator('#sessions li').first).to_contain_text('cancelled')
+
+    page.fill('textarea[name=task]', 'plan again, in the same session')
+    page.click('#task-run')
+    expect(page.locator('.end')).to_have_count(2)
+    assert page.locator('.task-text').all_inner_texts() == ['wander about', 'plan again, in the same session']
+    expect(page.locator('#sessions li')).to_have_count(2)
+    page.reload()
+    expect(page.locator('.end')).to_have_count(2)
+    assert page.locator('.task-text').all_inner_texts() == ['wander about', 'plan again, in the same session']
+
+
+def test_what_an_agent_says_is_only_text(make_page, agent_server):
+    page = make_page()
+    open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/lab')['id'] + '/agent')
+    page.fill('textarea[name=task]', 'be nasty')
+    page.click('#task-run')
+    expect(page.locator('.end')).to_contain_text('<img src=x onerror=window.hacked=1>')
+    expect(page.locator('#transcript')).to_contain_text('<script>window.hacked=1</script>')
+    assert page.evaluate('window.hacked') is None
+    assert page.locator('#transcript img, #transcript script').count() == 0
+
+
+def test_the_editor_opens(make_page, agent_server):
+    page = make_page(expected='.')  # the editor's own words are its own affair
+    open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/lab')['id'])
+    with page.context.expect_page() as opened:
+        page.click('#ws-editor')
+    editor = opened.value
+    editor.fill('input[type=password]', agent_server.get('/api/workspaces/lab')['codeServerPassword'])
+    editor.keyboard.press('Enter')
+    expect(editor.locator('.monaco-workbench')).to_be_visible(timeout=60_000)
