@@ -20,7 +20,7 @@ EVERYTHING = '*'  # the topic of every workspace's status
 DELETED = {'status': DELETING, 'deleted': True}  # data of a workspace's last event
 # What the entrypoint of a workspace says of its way to readiness, which is told as `progress`.
 PROGRESS = re.compile(r'workspace: (clone|submodules|large files|setup): (.*)')
-STEPS = re.compile(r'(?:(\d+)/(\d+) |.*?(\d+)%)')
+STEPS = re.compile(r'(?:(\d{1,9})/(\d{1,9}) |.*?(?<!\d)(\d{1,3})%)', re.A)
 
 
 @dataclass(slots=True)

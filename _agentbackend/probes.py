@@ -3,6 +3,7 @@ uses."""
 import contextlib
 import http.client
 import logging
+import re
 import socket
 import time
 
@@ -18,6 +19,7 @@ PROBE_TIMEOUT = 3  # seconds that a workspace has to say that it is well
 EXIT_CLONE_FAILED, EXIT_WANTS_PORTS = 65, 66  # of the entrypoint
 LAST_WORDS = 6  # lines of a container's output that an error quotes
 LAST_LINES = 30  # that are looked through for them
+OWN_PORTS = ('8443', '2222')  # of the editor and SSH, which are published anyway
 MAX_WARNINGS, MAX_WARNING = 20, 500  # of a start, characters of one
 MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
 
@@ -43,8 +45,8 @@ class Start:
         if said.startswith('warning: ') and len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(said.removeprefix('warning: ')[:MAX_WARNING])
         elif said.startswith('forward '):
-            self.ports = [int(word) for word in said.split()[1:] if word.isdigit()
-                          and 0 < int(word) < 65536][:20]
+            found = re.findall(r'(?<!\S)[1-9][0-9]{0,4}(?!\S)', said)
+            self.ports = [int(word) for word in found if int(word) < 65536 and word not in OWN_PORTS][:20]
         elif ' ended with status ' in said:
             self.crashes += 1
         self._is_up = self._is_up or said.startswith('started in ')

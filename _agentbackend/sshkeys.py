@@ -7,7 +7,7 @@ from _agentbackend.errors import refusal
 
 PUBLIC_KEY = re.compile(r'(?:^|\s)((?:sk-)?(?:ssh|ecdsa)-[a-z0-9-]+(?:@openssh\.com)?)\s+'
                         r'([A-Za-z0-9+/]+={0,3})(?:\s|$)')
-PRIVATE_KEY = re.compile(r'-----BEGIN ([A-Z ]*PRIVATE KEY)-----\s+(.+?)\s+-----END \1-----', re.S)
+PRIVATE_KEY = re.compile(r'-----BEGIN ([A-Z ]{0,30}PRIVATE KEY)-----')
 
 
 def parse_public_keys(texts):
@@ -53,12 +53,14 @@ def holds(text, kind):
 
 def parse_private_key(text):
     """Return a private key as OpenSSH wants its file; raise ValidationError, which quotes nothing of it."""
-    match = PRIVATE_KEY.search(text.replace('\r', '\n'))
-    if not match:
+    text = text.replace('\r', '\n')
+    match = PRIVATE_KEY.search(text)
+    end = text.find(f'-----END {match[1]}-----', match.end()) if match else -1
+    if end < 0 or not text[match.end():end].strip():
         raise refusal('gitSshKey',
                       'is no private key: that is all of a file that begins with -----BEGIN ... PRIVATE '
                       'KEY-----')
-    kind, body = match[1], match[2]
+    kind, body = match[1], text[match.end():end].strip()
     encoded = re.sub(r'^[A-Za-z-]+: .*$', '', body, flags=re.M)
     encrypted = 'ENCRYPTED' in kind or 'ENCRYPTED' in body
     if kind == 'OPENSSH PRIVATE KEY':

@@ -222,9 +222,8 @@ class State:
         """Forget a workspace with its sessions, and give its ports back. It does not wait for the file."""
         with self._lock:
             self._workspaces.pop(workspace_id, None)
-            for session_id in [key for key, item in self._sessions.items()
-                               if item.workspace_id == workspace_id]:
-                self._drop_session(session_id)
+            self._drop_sessions({key for key, item in self._sessions.items()
+                                 if item.workspace_id == workspace_id})
             self._touch('workspace', workspace_id, drop=True)
 
     def session(self, session_id):
@@ -331,7 +330,7 @@ class State:
             session = self.session(session_id)
             if session.last.state == RUNNING:
                 raise SessionBusy(f'Session {session_id} has a task that runs; cancel it first.')
-            self._drop_session(session_id)
+            self._drop_sessions({session_id})
         self.flush()
 
     def forget_runs(self, runs):
@@ -340,7 +339,7 @@ class State:
             for run in runs:
                 session = self._sessions.get(run.session_id)
                 if session is not None and session.last.number == run.number:
-                    self._drop_session(run.session_id)
+                    self._drop_sessions({run.session_id})
                 elif session is not None:
                     self._touch('run', run.session_id, run.number, drop=True)
         self.try_flush()
@@ -430,10 +429,13 @@ class State:
         self._touch('run', run.session_id, run.number)
         return session
 
-    def _drop_session(self, session_id):
-        self._sessions.pop(session_id, None)
-        self._open_runs = {key: run for key, run in self._open_runs.items() if key[0] != session_id}
-        self._touch('session', session_id, drop=True)
+    def _drop_sessions(self, session_ids):
+        """Forget sessions with their runs, however many there are, in one pass."""
+        self._open_runs = {key: run for key, run in self._open_runs.items() if key[0] not in session_ids}
+        self._take_back(session_ids)
+        for session_id in session_ids:
+            self._sessions.pop(session_id, None)
+            self._touch('session', session_id, drop=True)
 
     def _unsettled(self):
         with self._lock:
@@ -513,11 +515,13 @@ class State:
         log.error('The state file %s is damaged (%s); it is kept as %s, and what the engine knows is '
                   'adopted.', path, error, aside)
 
+    def _take_back(self, session_ids):
+        """Note no more that sessions and their runs have changed: they are no more."""
+        self._dirty = {other: value for other, value in self._dirty.items()
+                       if other[0] not in ('session', 'run') or other[1] not in session_ids}
+
     def _touch(self, kind, *key, drop=False):
         """Note a change of a record, or its end; that of a session takes its runs along."""
-        if kind == 'session' and drop:
-            self._dirty = {other: value for other, value in self._dirty.items()
-                           if other[0] not in ('session', 'run') or other[1] != key[0]}
         self._dirty.pop((kind, *key), None)
         self._dirty[(kind, *key)] = drop
         self._version += 1
@@ -555,6 +559,7 @@ class State:
             self._tell_failure(str(error) or type(error).__name__)
             with self._lock:
                 newer, self._dirty = self._dirty, dirty
+                self._take_back({key[1] for key, drop in newer.items() if key[0] == 'session' and drop})
                 for (kind, *key), drop in newer.items():
                     self._touch(kind, *key, drop=drop)
                 self._changed.set()

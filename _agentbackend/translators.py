@@ -444,7 +444,10 @@ class Pieces:
     def add(self, part):
         """Add a piece."""
         self._size += len(part)
-        self.parts = [*self.parts, part] if self._size <= MAX_LINE else [b'']
+        if self._size <= MAX_LINE:
+            self.parts.append(part)
+        else:
+            self.parts = [b'']
 
     def take(self):
         """Return the line and begin the next one; None in the place of one that is too long."""

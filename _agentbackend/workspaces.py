@@ -1,4 +1,5 @@
 """The life of workspaces: create, start, stop, restart, change and remove, each with its job."""
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -64,6 +65,8 @@ class Workspaces:
         # Id -> {name of a file: secret} for its first clone, only here and only until that is done.
         self._once = {}
         self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
+        # Id -> the turn of those who change it: what one has merged, the next must find.
+        self._turns = collections.defaultdict(lambda: gevent.lock.BoundedSemaphore(1))
 
     # Verbs
 
@@ -149,7 +152,11 @@ class Workspaces:
 
     def change(self, id_or_name, body):
         """Apply a checked body of PATCH /api/workspaces/:id and return the record."""
-        workspace = self._state.get(id_or_name)
+        workspace_id = self._state.get(id_or_name).id
+        with self._turns[workspace_id]:
+            return self._change(self._state.get(workspace_id), body)
+
+    def _change(self, workspace, body):
         changes = changes_of(workspace, body)
         limits = {'cpus', 'memory'} & body.keys()
         if limits:
@@ -165,7 +172,7 @@ class Workspaces:
         try:
             return self._state.update(workspace.id, **changes)
         except Superseded:
-            raise WorkspaceNotFound(id_or_name) from None
+            raise WorkspaceNotFound(workspace.name) from None
 
     # What keeps up with the engine uses these
 
@@ -416,6 +423,7 @@ class Workspaces:
 
     def _forget(self, workspace_id):
         self._once.pop(workspace_id, None)
+        self._turns.pop(workspace_id, None)
         self._state.remove(workspace_id)
         self._events.publish('status', workspace_id, DELETED)
         self._events.forget(workspace_id)

@@ -18,6 +18,12 @@ from conftest import Served, objects_of, remove_objects
 from helpers import check_fairness, lose, run_second, seconds_left, seconds_of, state_path
 from streaming import Sse, Ws, connect, messages_until, read_head
 
+from _agentbackend.errors import ValidationError
+from _agentbackend.records import Run, Session, Workspace
+from _agentbackend.sshkeys import parse_private_key
+from _agentbackend.state import State
+from _agentbackend.translators import CommandLines, RunReader
+
 # What it does is its task: lines of JSON to print as they are, or a command line after an exclamation mark.
 PRINTER = """#!/bin/sh
 read -r first
@@ -713,3 +719,70 @@ def test_a_clock_that_is_set_ends_no_task_and_deletes_nothing(start_agents, tmp_
     time.sleep(3)
     assert [item['name'] for item in server.get('/api/workspaces')] == ['work', 'agent']
     assert 'The clock was set' in server.log.read_text()
+
+
+# What a program prints, or a body holds, to cost much
+
+def seconds(call):
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize('make', [
+    lambda size: '-----BEGIN PRIVATE KEY-----' + '\n' * size,
+    lambda size: '-----BEGIN PRIVATE KEY----- ' * (size // 28),
+    lambda size: '-----BEGIN ' + 'A ' * (size // 2) + 'PRIVATE KEY-----'],
+    ids=['lines', 'beginnings', 'words'])
+def test_a_key_that_is_none_costs_no_more_than_its_length(make):
+    def parse(size):
+        with pytest.raises(ValidationError):
+            parse_private_key(make(size))
+    assert seconds(lambda: parse(60_000)) < 100 * max(seconds(lambda: parse(6_000)), 0.001)
+
+
+def test_a_line_in_many_pieces_costs_no_more_than_its_length():
+    def read(count):
+        RunReader(1, CommandLines()).take(b'1 O \n' * count)
+    assert seconds(lambda: read(100_000)) < 50 * seconds(lambda: read(10_000))
+
+
+@pytest.mark.parametrize('line', [
+    'workspace: setup: ' + '9' * 5000 + '/1 x', 'workspace: clone: ' + '9' * 5000 + '%',
+    'workspace: setup: \u00b2/\u00b3 x', 'workspace: forward \u00b2 99999999 8443 2222'],
+    ids=['step', 'percent', 'digits', 'ports'])
+def test_no_line_of_a_project_breaks_its_workspace_or_its_readers(make_server, line):
+    server = make_server()
+    workspace = server.running('work', env={'PRINT': f"echo '{line}'; echo the end"})
+    text = server.until(lambda: 'the end' in server.call('GET', '/api/workspaces/work/logs').text
+                        and server.call('GET', '/api/workspaces/work/logs').text, 30)
+    assert line[11:40] in text and workspace['ports'] == {}
+    with Sse(server, '/api/workspaces/work/events') as stream:
+        messages_until(stream, lambda event: event['data'].get('message') == 'the end')
+
+
+def test_changes_at_once_lose_nothing_and_revoke_what_they_revoke(make_server, docker_client):
+    server = make_server()
+    server.running('work', gitUrl='https://git.invalid/x.git', gitToken='canary', gitCredentials='keep')
+    bodies = [{'env': {f'V{number}': 'x'}} for number in range(8)] + [{'gitToken': None}]
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        answers = list(pool.map(lambda body: server.call('PATCH', '/api/workspaces/work', body), bodies))
+    assert {answer.status_code for answer in answers} == {200}
+    assert server.get('/api/workspaces/work')['env'] == [f'V{number}' for number in range(8)]
+    container = server.get('/api/workspaces/work')['containerId']
+    files = 'cd /etc/agentbackend && cat git-credentials env'
+    code, content = shell(docker_client, container, files, user='0')
+    assert code == 0 and 'canary' not in content and content.count('export') == 8
+
+
+def test_a_workspace_of_many_sessions_is_forgotten_in_one_pass(tmp_path):
+    def forget(count):
+        state = State(None, {'codeServer': (1, 9), 'ssh': (10, 19), 'custom': (20, 29)})
+        workspace = state.reserve(Workspace(id='', name='a', folder='a', type='persistent', template='t',
+                                            created_at=1, wanted_ports=[], ssh=True))
+        for number in range(count):
+            session = Session(id=f's{number}', workspace_id=workspace.id, agent='command', created_at=1)
+            state.begin_run(session, Run(id=f'r{number}', task='x', started_at=1, timeout=1, boot=''),
+                            limit=count + 1)
+        return seconds(lambda: state.remove(workspace.id))
+    assert forget(4000) < 40 * max(forget(400), 0.001)
