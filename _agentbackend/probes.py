@@ -43,7 +43,8 @@ class Start:
             self.heard_at = time.monotonic()
         said = text.partition('workspace: ')[2] if text.startswith('workspace: ') else ''
         if said.startswith('warning: ') and len(self.warnings) < MAX_WARNINGS:
-            self.warnings.append(said.removeprefix('warning: ')[:MAX_WARNING])
+            warning = said.removeprefix('warning: ')[:MAX_WARNING]
+            self.warnings += [warning] if warning not in self.warnings else []
         elif said.startswith('forward '):
             found = re.findall(r'(?<!\S)[1-9][0-9]{0,4}(?!\S)', said)
             self.ports = [int(word) for word in found if int(word) < 65536 and word not in OWN_PORTS][:20]

@@ -277,9 +277,11 @@ class Workspaces:
         """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try
         ended."""
         self._still(workspace_id, CREATING, cancelled)
-        warnings = []
+        before, warnings = self._state.get(workspace_id), []
         while True:
             container_id = self._started_container(workspace_id, cancelled)
+            if container_id == before.container_id:  # its project was prepared already, and so was told of
+                warnings = before.warnings
             workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
                                            container_id=container_id)
             self._probes.meter(workspace_id, container_id)  # so that something is known when it runs

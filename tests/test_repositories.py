@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Served, concurrently, remove_objects
 from fake_anthropic import bridge_address
 from gitserver import GitServer, begin, commit, git, pointer, publish
-from helpers import state_path
+from helpers import state_path, verb
 from streaming import Sse, messages_until
 
 from _agentbackend.timing import parse_time
@@ -56,7 +56,8 @@ def host(tmp_path_factory, docker_client):
                        {'.devcontainer/devcontainer.json': json.dumps(
                            {'postCreateCommand': 'echo no such thing >&2; exit 7',
                             'postStartCommand': 'touch ~/started'})})
-        submodule(broken, 'gone', '../gone.git', git(lib, 'rev-parse', 'HEAD'))
+        submodule(broken, 'gone for good', '../gone.git', git(lib, 'rev-parse', 'HEAD'))
+        submodule(broken, 'here', '../lib.git', git(lib, 'rev-parse', 'HEAD'))
         git(broken, 'commit', '-qm', 'with a submodule that is not there')
         publish(folder, broken)
         publish(folder, begin(folder, 'big', {f'{number}.bin': os.urandom(BIG // 100)
@@ -65,7 +66,8 @@ def host(tmp_path_factory, docker_client):
 
 
 def submodule(work, path, url, commit_id):
-    (work / '.gitmodules').write_text(f'[submodule "{path}"]\n\tpath = {path}\n\turl = {url}\n')
+    with open(work / '.gitmodules', 'a') as modules:
+        modules.write(f'[submodule "{path}"]\n\tpath = {path}\n\turl = {url}\n')
     git(work, 'add', '.gitmodules')
     git(work, 'update-index', '--add', '--cacheinfo', f'160000,{commit_id},{path}')
 
@@ -169,8 +171,10 @@ def test_submodules_large_files_and_the_rest_are_there_or_told(server, host, key
 
 
 def test_a_submodule_that_cannot_be_had_is_told_and_undoes_nothing(server, key):
-    assert ssh(server, 'broken', key, 'ls -A')[1].split() == ['.devcontainer', '.git', '.gitmodules', 'gone']
-    assert any('submodules' in text and 'gone' in text for text in ready(server, 'broken')['warnings'])
+    assert ssh(server, 'broken', key, 'ls -A; ls here; git status --short')[1].splitlines() == [
+        '.devcontainer', '.git', '.gitmodules', 'gone for good', 'here', 'lib.txt']
+    warnings = ready(server, 'broken')['warnings']
+    assert any('submodules are there (gone for good);' in text for text in warnings)
     status = [event for event in events_of(server, 'broken') if event['type'] == 'status'][-1]
     assert status['data']['status'] == 'running'
 
@@ -449,3 +453,11 @@ def test_a_first_start_that_failed_is_tried_again_elsewhere(server, host):
     assert server.call('DELETE', '/api/workspaces/again').status_code == 200
     with contextlib.suppress(AssertionError):
         assert server.call('GET', '/api/workspaces/again').status_code == 404
+
+
+def test_what_a_start_warned_of_is_told_after_the_next_one_too(server):
+    before = ready(server, 'broken')['warnings']
+    verb(server, 'broken', 'stop')
+    server.wait_status('broken', 'stopped')
+    verb(server, 'broken', 'start')
+    assert server.wait_status('broken', 'running')['warnings'] == before != []
