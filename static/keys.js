@@ -35,7 +35,8 @@ function goTab(tab) {
 }
 
 const inLog = () => state.open && state.tab === 'logs';
-// With Alt, and by where a key lies: alone, a letter is what people dictate, and on a Mac Alt makes another of it.
+// With Alt, since a letter alone is what people dictate; and by where a key lies, since on a Mac Alt makes
+// another letter of it.
 const KEYS = {
   KeyN: openCreate,
   KeyT: nextTheme,

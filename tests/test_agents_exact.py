@@ -44,10 +44,14 @@ class Follower:
                 gevent.sleep(0.02)
 
     def cut_for_ever(self):
+        before, in_vain = 0, 0
         while not self.done:
             gevent.sleep(self.dice.uniform(0.02, 0.2))
-            if self.cuts % 8 == 7:
+            in_vain = in_vain + 1 if len(self.events) == before else 0
+            before = len(self.events)
+            if in_vain == 10:
                 self._wait_for_more()
+                in_vain = 0
             if self.stream is not None:
                 self.stream.cut()
                 self.cuts += 1
