@@ -45,6 +45,9 @@ def git_fields(body, before=None):
         if body.get(name) is not None and not url:
             raise refusal(name, 'needs a gitUrl beside it')
     given = git_secrets(body, url, credentials)
+    if before and before.has_credentials and not given and 'gitUrl' not in body:
+        raise refusal('gitToken', 'is needed again, or gitSshKey, or a gitUrl with credentials: those of the '
+                                  'first try were for that one only')
     keep = body.get('gitCredentials') == 'keep'
     if keep and not given:
         raise refusal('gitCredentials', 'has none to keep: give gitToken or gitSshKey')
@@ -74,9 +77,8 @@ def changes_of(workspace, body):
     if 'labels' in body:
         changes['labels'] = merged(workspace.labels, body['labels'])
         if len(changes['labels']) > MAX_LABELS:
-            raise refusal('labels',
-                          f"would be {len(changes['labels'])}, but a workspace has at most {MAX_LABELS}; "
-                          'null removes one')
+            raise refusal('labels', f"would be {len(changes['labels'])}, but a workspace has at most "
+                                    f'{MAX_LABELS}; null removes one')
     if 'env' in body:
         changes['env'] = checked_env(merged(workspace.env, body['env']))
     if 'sshPublicKeys' in body:
@@ -106,7 +108,6 @@ def checked_env(env):
     """Return an environment; raise ValidationError for one that no program could be started with."""
     size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
     if size > MAX_ENV:
-        raise refusal('env',
-                      f'has {size:,} bytes in all, but at most {MAX_ENV:,} are taken; put what is large into '
-                      'a file')
+        raise refusal('env', f'has {size:,} bytes in all, but at most {MAX_ENV:,} are taken; put what is '
+                             'large into a file')
     return env

@@ -299,13 +299,10 @@ class Engine:
     def limit(self, container_id, *, memory, cpus):
         """Give a container, running or not, other limits; raise DockerError when it uses more memory
         already."""
-        # docker-py's own call has no NanoCpus, and the engine takes no other kind of CPU limit once it has
-        # one.
-        url = f'{self._api.base_url}/v{self._api.api_version}/containers/{container_id}/update'
+        # The engine takes no other kind of CPU limit once it has this one.
         limits = {'Memory': memory, 'MemorySwap': 2 * memory, 'NanoCpus': int(cpus * 1e9)}
         with self._errors():
-            answer = self._api.post(url, json=limits, timeout=RUN_TIMEOUT)
-            self._api._raise_for_status(answer)
+            self._client.update(container_id, limits)
 
     def keep_running(self, container_id):
         """Let the engine start a container again after a crash or a reboot, unless it was stopped on

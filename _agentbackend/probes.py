@@ -19,7 +19,6 @@ PROBE_TIMEOUT = 3  # seconds that a workspace has to say that it is well
 EXIT_CLONE_FAILED, EXIT_WANTS_PORTS = 65, 66  # of the entrypoint
 LAST_WORDS = 6  # lines of a container's output that an error quotes
 LAST_LINES = 30  # that are looked through for them
-OWN_PORTS = ('8443', '2222')  # of the editor and SSH, which are published anyway
 MAX_WARNINGS, MAX_WARNING = 20, 500  # of a start, characters of one
 MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
 
@@ -46,8 +45,9 @@ class Start:
             warning = said.removeprefix('warning: ')[:MAX_WARNING]
             self.warnings += [warning] if warning not in self.warnings else []
         elif said.startswith('forward '):
-            found = re.findall(r'(?<!\S)[1-9][0-9]{0,4}(?!\S)', said)
-            self.ports = [int(word) for word in found if int(word) < 65536 and word not in OWN_PORTS][:20]
+            found = map(int, re.findall(r'(?<!\S)[1-9][0-9]{0,4}(?!\S)', said))
+            taken = CODE_SERVER_PORT, SSH_PORT  # which are published anyway
+            self.ports = [port for port in found if port < 65536 and port not in taken][:20]
         elif ' ended with status ' in said:
             self.crashes += 1
         self._is_up = self._is_up or said.startswith('started in ')

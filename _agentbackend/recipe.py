@@ -106,8 +106,8 @@ class Recipe:
     def check_limits(self, body):
         """Raise ValidationError for limits that the engine does not have."""
         if (body.get('cpus') or 0) > self._engine_cpus():
-            raise refusal('cpus',
-                          f"is {body['cpus']:g}, which is more than this machine has ({self._engine_cpus()})")
+            raise refusal('cpus', f"is {body['cpus']:g}, which is more than this machine has "
+                                  f'({self._engine_cpus()})')
 
     def _engine_cpus(self):
         if self._cpus is None:

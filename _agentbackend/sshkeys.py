@@ -57,9 +57,8 @@ def parse_private_key(text):
     match = PRIVATE_KEY.search(text)
     end = text.find(f'-----END {match[1]}-----', match.end()) if match else -1
     if end < 0 or not text[match.end():end].strip():
-        raise refusal('gitSshKey',
-                      'is no private key: that is all of a file that begins with -----BEGIN ... PRIVATE '
-                      'KEY-----')
+        raise refusal('gitSshKey', 'is no private key: that is all of a file that begins with '
+                                   '-----BEGIN ... PRIVATE KEY-----')
     kind, body = match[1], text[match.end():end].strip()
     encoded = re.sub(r'^[A-Za-z-]+: .*$', '', body, flags=re.M)
     encrypted = 'ENCRYPTED' in kind or 'ENCRYPTED' in body
@@ -72,8 +71,7 @@ def parse_private_key(text):
         length = int.from_bytes(data[len(magic):len(magic) + 4], 'big')
         encrypted = data[len(magic) + 4:][:length] != b'none'
     if encrypted:
-        raise refusal('gitSshKey',
-                      'has a passphrase, which nobody would be there to give; take one without, a deploy key '
-                      'say')
+        raise refusal('gitSshKey', 'has a passphrase, which nobody would be there to give; take one without, '
+                                   'a deploy key say')
     lines = '\n'.join(line.strip() for line in body.splitlines() if line.strip())
     return f'-----BEGIN {kind}-----\n{lines}\n-----END {kind}-----\n'

@@ -187,8 +187,7 @@ class State:
         """
         with self._lock:
             found = self._find(workspace_id)
-            wanted = {'codeServer', 'ssh', *map(str, found.wanted_ports)}
-            kept = {key: port for key, port in found.ports.items() if port not in avoid and key in wanted}
+            kept = {key: port for key, port in found.ports.items() if port not in avoid}
             found.ports = self._claim(found, kept, set(avoid), is_free)
             result = found.copy()
             self._touch('workspace', workspace_id)
@@ -336,12 +335,12 @@ class State:
     def forget_runs(self, runs):
         """Forget ended runs, and sessions that have none left."""
         with self._lock:
+            runs = [run for run in runs if run.session_id in self._sessions]
+            over = {run.session_id for run in runs if run.number == self._sessions[run.session_id].count}
             for run in runs:
-                session = self._sessions.get(run.session_id)
-                if session is not None and session.last.number == run.number:
-                    self._drop_sessions({run.session_id})
-                elif session is not None:
+                if run.session_id not in over:
                     self._touch('run', run.session_id, run.number, drop=True)
+            self._drop_sessions(over)
         self.try_flush()
 
     def ports_in_use(self):
@@ -393,17 +392,16 @@ class State:
         return {port for item in self._workspaces.values() for port in item.ports.values()}
 
     def _claim(self, workspace, kept, avoid, is_free):
-        """Return `kept` with the ports added that `workspace` lacks. `is_free` binds for a moment: quick, and
-        never blocks."""
+        """Return a port for each that `workspace` wants, those of `kept` where it can. `is_free` binds for a
+        moment: quick, and never blocks."""
         wanted = {'codeServer': 'codeServer'} | ({'ssh': 'ssh'} if workspace.ssh else {})
         wanted |= {str(port): 'custom' for port in workspace.wanted_ports}
-        result, taken = dict(kept), self._taken_ports() | avoid
-        for key, kind in wanted.items():
-            if key in result:
-                continue
+        result = {key: port for key, port in kept.items() if key in wanted}
+        taken = self._taken_ports() | avoid
+        for key, kind in [item for item in wanted.items() if item[0] not in result]:
             first, last = self.ranges[kind]
-            result[key] = next((port for port in range(first, last + 1) if port not in taken
-                                and is_free(port)), None)
+            free = (port for port in range(first, last + 1) if port not in taken and is_free(port))
+            result[key] = next(free, None)
             if result[key] is None:
                 raise PortExhausted(f'No free port in {PORT_KINDS[kind]}={first}-{last}: delete a workspace, '
                                     'or widen the range.')
@@ -507,8 +505,7 @@ class State:
     @staticmethod
     def _newer(path):
         return (f'The state file {path} was written by a newer version of Agent Backend, and is left as it '
-                'is: run that version, '
-                'or name another STATE_DIR.')
+                'is: run that version, or name another STATE_DIR.')
 
     @staticmethod
     def _tell_damage(path, error, aside):

@@ -100,8 +100,8 @@ class Workspaces:
             return workspace
         if workspace.status == ERROR and not workspace.ever_ran:
             raise WorkspaceNotRunning(f'{workspace.name} has no container, because it was never made: '
-                                      f'{workspace.error} '
-                                      'Retry it, with another gitUrl if need be, or delete it.')
+                                      f'{workspace.error} Retry it, with another gitUrl if need be, or '
+                                      'delete it.')
         self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
         return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time())
 
@@ -320,8 +320,7 @@ class Workspaces:
         taken."""
         if workspace.has_credentials and not self._once.get(workspace.id):
             raise BackendError('The server ended before the clone was done, and it does not keep '
-                               'credentials. '
-                               'Retry with them, or delete the workspace.')
+                               'credentials. Retry with them, or delete the workspace.')
         if workspace.ever_ran and not self._engine.has_volume(workspace.id):
             raise DockerError('The volume was removed outside Agent Backend and the files are lost. Delete '
                               'the workspace.')
@@ -329,12 +328,12 @@ class Workspaces:
             self._engine.create_volume(volume, self.recipe.labels(workspace))
         avoid, network = set(), self._make_network()
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            container_id = self._engine.create_container(**self.recipe.container(workspace, image, network))
-            self._engine.put_files(container_id, self.recipe.files(workspace, self._once.get(workspace.id)))
-            now = self._still(workspace.id, CREATING, cancelled)
-            if now.name != workspace.name:  # by a PATCH that found no container yet
-                self._engine.rename(container_id, self.recipe.name(now.name))
-                workspace = now
+            with self._turns[workspace.id]:  # a PATCH is in the record before, or finds the container
+                workspace = self._still(workspace.id, CREATING, cancelled)
+                arguments = self.recipe.container(workspace, image, network)
+                container_id = self._engine.create_container(**arguments)
+                files = self.recipe.files(workspace, self._once.get(workspace.id))
+                self._engine.put_files(container_id, files)
             try:
                 self._engine.start(container_id, network)
                 return container_id
@@ -488,8 +487,7 @@ class Workspaces:
     def _refuse_unless(workspace, statuses, done):
         if workspace.status not in statuses:
             raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status} and cannot be '
-                                      f'{done} now; '
-                                      f"it can be when it is {' or '.join(sorted(statuses))}.")
+                                      f"{done} now; it can be when it is {' or '.join(sorted(statuses))}.")
 
     def _rename(self, workspace, name):
         self._state.rename(workspace.id, name, taken_names=self.recipe.names_of(self._engine.taken()[0]))

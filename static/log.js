@@ -1,6 +1,6 @@
 // The log of a workspace: capped, laid out in chunks, and put into the page once per frame.
 
-import { byId, el, plural, speak } from './page.js';
+import { byId, el, nextFrame, plural, speak } from './page.js';
 import { ansi, lastState, marked } from './ansi.js';
 import { LOG_TAIL } from './streams.js';
 
@@ -57,9 +57,7 @@ class LogView {
     if (this.queue.length > CAP) { this.queue.shift(); this.missed += 1; }
     if (this.planned) return;
     this.planned = true;
-    // A page that is not seen gets no frames.
-    if (document.hidden) setTimeout(() => this.flush(), 300);
-    else requestAnimationFrame(() => this.flush());
+    nextFrame(() => this.flush());
   }
 
   flush() {
@@ -69,7 +67,7 @@ class LogView {
     if (this.missed) this.put([{ kind: 'note', text: left }]);
     this.missed = 0;
     this.put(this.queue.splice(0, PER_FRAME));
-    if (this.queue.length) { this.planned = true; requestAnimationFrame(() => this.flush()); }
+    if (this.queue.length) { this.planned = true; nextFrame(() => this.flush()); }
   }
 
   put(lines) {

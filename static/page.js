@@ -79,6 +79,12 @@ export function keep(name, value, { forGood = false } = {}) {
   } catch { say('This browser keeps nothing for this page.'); }
 }
 
+/** Do something once with the next frame. A page that is not seen gets no frames. */
+export function nextFrame(act) {
+  if (document.hidden) setTimeout(act, 250);
+  else requestAnimationFrame(act);
+}
+
 export function span(seconds) {
   for (const [size, unit] of SPANS) if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}`;
   return `${Math.max(0, Math.floor(seconds))} s`;

@@ -1,6 +1,6 @@
 // What an agent says and does in a session, and how far it is.
 
-import { byId, el, money, plural, span } from './page.js';
+import { byId, el, money, nextFrame, plural, span } from './page.js';
 import { plainParts } from './ansi.js';
 import { api, sessionPath } from './api.js';
 import { followSession } from './streams.js';
@@ -39,8 +39,7 @@ class TaskView {
     this.queue.push(event);
     if (this.planned) return;
     this.planned = true;
-    if (document.hidden) setTimeout(() => this.flush(), 200);
-    else requestAnimationFrame(() => this.flush());
+    nextFrame(() => this.flush());
   }
 
   flush() {

@@ -775,6 +775,24 @@ def test_changes_at_once_lose_nothing_and_revoke_what_they_revoke(make_server, d
     assert code == 0 and 'canary' not in content and content.count('export') == 8
 
 
+def test_a_change_that_comes_while_the_container_is_made_is_in_it(make_server, docker_client):
+    server = make_server()
+    server.running('first')  # with its image
+
+    def change(number):
+        server.create(f'work{number}', env={'WHEN': 'before'})
+        time.sleep(number / 20)
+        answer = server.call('PATCH', f'/api/workspaces/work{number}',
+                             {'name': f'renamed{number}', 'env': {'WHEN': 'after'}})
+        assert answer.status_code == 200
+        return server.wait_status(f'renamed{number}', 'running')
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        for number, made in enumerate(pool.map(change, range(10))):
+            container = docker_client.containers.get(f'{server.instance}-renamed{number}')
+            assert container.id.startswith(made['containerId'])
+            assert 'after' in shell(docker_client, container.id, 'cat /etc/agentbackend/env', user='0')[1]
+
+
 def test_a_workspace_of_many_sessions_is_forgotten_in_one_pass(tmp_path):
     def forget(count):
         state = State(None, {'codeServer': (1, 9), 'ssh': (10, 19), 'custom': (20, 29)})

@@ -269,6 +269,21 @@ def test_secrets_stay_where_they_are_needed(server, docker_client):
     concurrently(lambda: delete(server, 'secret'), lambda: delete(server, 'secret-clone'))
 
 
+def test_credentials_for_one_clone_are_asked_for_again_by_another_try(server):
+    server.create('secret', gitUrl='https://git.invalid/x.git', gitToken='hunter2', env=CLONE_FAILS)
+    server.wait_status('secret', 'error')
+
+    def retry(**body):
+        return server.call('POST', '/api/workspaces/secret/retry', body)
+    answer = retry()
+    assert answer.status_code == 400 and 'gitToken is needed again' in answer.json()['error']
+    for body in ({'gitToken': 'hunter3'}, {'gitUrl': 'https://git.invalid/open.git'}):
+        assert retry(**body).status_code == 202
+        assert CLONE_FAILS['CLONE_FAILS'] in server.wait_status('secret', 'error')['error']
+    assert retry().status_code == 202, 'the last one needed none'
+    delete(server, 'secret')
+
+
 # Verbs, twice and at the wrong time
 
 def test_start_stop_and_restart_may_be_called_twice(server):
