@@ -254,9 +254,10 @@ class Config:
         return [getattr(self, name) for name in SECRET_SETTINGS if getattr(self, name)]
 
     def shared_keys(self):
-        """Return the lines of SSH_AUTHORIZED_KEYS."""
+        """Return the keys that the file SSH_AUTHORIZED_KEYS has; raise OSError when it cannot be read."""
         path = self.ssh_authorized_keys
-        return Path(path).read_text().splitlines() if path else []
+        lines = [line.strip() for line in Path(path).read_text().splitlines()] if path else []
+        return [line for line in lines if line and not line.startswith('#')]
 
     def agent_keys(self):
         """Return the environment that only agents are given."""

@@ -255,7 +255,8 @@ class Keeper:
             pieces = self._engine.read_file(container.id, f'{SETTINGS_FOLDER}/{name}', limit=2 * MAX_ENV)
             return b''.join(pieces).decode('utf-8', 'replace')
         secrets_kept = {name: text for name in (CREDENTIALS, KEY) if (text := read(name))}
-        keys, password = read('authorized_keys').splitlines(), read('password').strip()
+        shared, password = self._config.shared_keys(), read('password').strip()
+        keys = [key for key in read('authorized_keys').splitlines() if key not in shared]
         found = {'name': container.name.removeprefix(self._workspaces.recipe.name('')),
                  'env': read_shell_lines(read('env')),
                  'git_access': secrets_kept, 'setup': read('setup'), 'ssh_public_keys': keys,

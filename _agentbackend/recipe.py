@@ -59,9 +59,9 @@ class Recipe:
 
         A secret that was taken back is an empty file.
         """
-        keys = [key.strip() for key in self._config.shared_keys() + workspace.ssh_public_keys if key.strip()]
+        keys = self._config.shared_keys() + workspace.ssh_public_keys
         identity = {'name': workspace.git_user_name, 'email': workspace.git_user_email}
-        lines = ''.join(f'\t{name} = {quoted(text)}\n' for name, text in identity.items() if text)
+        lines = ''.join(f'\t{name} = {git_value(text)}\n' for name, text in identity.items() if text)
         public = {'authorized_keys': ''.join(f'{key}\n' for key in keys), 'env': shell_lines(workspace.env),
                   'gitconfig': f'[user]\n{lines}'}
         if workspace.setup:
@@ -133,7 +133,7 @@ def read_shell_lines(text):
     return found | ({'PATH': found['PATH'].removesuffix(':$PATH')} if 'PATH' in found else {})
 
 
-def quoted(text):
+def git_value(text):
     """Return a text as the value of a line in git's configuration."""
     escaped = text.replace('\\', r'\\').replace('"', r'\"')
     return f'"{escaped}"'

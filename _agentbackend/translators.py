@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
 MAX_FIELDS = 50  # of one event
+MAX_STEPS = 1000  # of a plan; each that is told makes us look at all of them
 MAX_PARTS = 1_000_000  # of one line
 MAX_NUMBER = 10**15  # of anything that an agent counts; JavaScript reads it exactly
 # In the place of Claude's own words, which tell to do something that nobody can do here.
@@ -190,7 +191,8 @@ class ClaudeLines:
         read = {'system': self._read_system, 'assistant': self._read_assistant, 'user': self._read_user,
                 'result': self._read_result}
         try:
-            return list(read.get(record.get('type'), lambda _: ())(record))
+            events = list(read.get(record.get('type'), lambda _: ())(record))
+            return [(kind, {key: bounded(value) for key, value in data.items()}) for kind, data in events]
         except (TypeError, AttributeError, KeyError):
             return []  # a record of a shape that no release has had so far; the run goes on without it
 
@@ -274,7 +276,7 @@ class ClaudeLines:
         if call is None or not isinstance(result, dict):
             return
         name, body = call
-        if name == 'TaskCreate' and isinstance(result.get('task'), dict):
+        if name == 'TaskCreate' and isinstance(result.get('task'), dict) and len(self._tasks) < MAX_STEPS:
             title = body.get('activeForm') or body.get('subject', '')
             self._tasks[str(result['task'].get('id'))] = [title, 'pending']
         elif name == 'TaskUpdate' and str(result.get('taskId')) in self._tasks:
@@ -317,7 +319,7 @@ class ClaudeLines:
             return 'AGENT_NOT_LOGGED_IN', CLAUDE_IS_REFUSED
         if 'No conversation found' in errors:
             return ('AGENT_UNKNOWN_CONVERSATION',
-                    f'{errors} The next task of the session begins a new conversation.')
+                    f'{shorten(errors)} The next task of the session begins a new conversation.')
         if record.get('api_error_status') or record.get('terminal_reason') == 'api_error':
             return 'AGENT_API_ERROR', shorten(text or errors)
         return 'AGENT_FAILED', shorten(text or errors or f"The agent ended with {record.get('subtype')}.")

@@ -28,7 +28,7 @@ def view_workspace_details(workspace, usage, config, called):
     host = config.workspace_host or (called or 'localhost' if everywhere else address)
     shared = 0
     with contextlib.suppress(OSError):
-        shared = len([line for line in config.shared_keys() if line.strip()])
+        shared = len(config.shared_keys())
     netloc = f'[{host}]' if ':' in host else host
     project = f'{config.workspace_base_path}/{workspace.folder}'
     editor, ssh = workspace.ports.get('codeServer'), workspace.ports.get('ssh')

@@ -19,10 +19,11 @@ from helpers import check_fairness, lose, run_second, seconds_left, seconds_of, 
 from streaming import Sse, Ws, connect, messages_until, read_head
 
 from _agentbackend.errors import ValidationError
+from _agentbackend.events import Events
 from _agentbackend.records import Run, Session, Workspace
 from _agentbackend.sshkeys import parse_private_key
 from _agentbackend.state import State
-from _agentbackend.translators import CommandLines, RunReader
+from _agentbackend.translators import ClaudeLines, CommandLines, RunReader
 
 # What it does is its task: lines of JSON to print as they are, or a command line after an exclamation mark.
 PRINTER = """#!/bin/sh
@@ -745,6 +746,38 @@ def test_a_line_in_many_pieces_costs_no_more_than_its_length():
     def read(count):
         RunReader(1, CommandLines()).take(b'1 O \n' * count)
     assert seconds(lambda: read(100_000)) < 50 * seconds(lambda: read(10_000))
+
+
+def test_a_plan_of_many_steps_costs_no_more_than_its_length():
+    def plan(count):
+        lines = ClaudeLines()
+        for number in range(count):
+            call = {'type': 'tool_use', 'id': f'c{number}', 'name': 'TaskCreate', 'input': {'subject': 'x'}}
+            lines.line(json.dumps({'type': 'assistant', 'message': {'content': [call]}}))
+            answer = {'type': 'tool_result', 'tool_use_id': f'c{number}'}
+            lines.line(json.dumps({'type': 'user', 'message': {'content': [answer]},
+                                   'tool_use_result': {'task': {'id': number}}}))
+    plan(1000)
+    assert seconds(lambda: plan(16_000)) < 40 * seconds(lambda: plan(2000))
+
+
+def test_nothing_that_claude_names_is_longer_than_a_message():
+    long, lines = 'x' * 100_000, ClaudeLines()
+    said = [{'type': 'system', 'subtype': 'init', 'model': long},
+            {'type': 'system', 'subtype': 'api_retry', 'error': long},
+            {'type': 'assistant', 'message': {'content': [
+                {'type': 'tool_use', 'id': '1', 'name': long, 'input': {}},
+                {'type': 'tool_use', 'id': '2', 'name': {'x': [long] * 10}, 'input': {'command': long}}]}},
+            {'type': 'result', 'is_error': True, 'subtype': 'x', 'errors': [f'No conversation found {long}']}]
+    told = [event for record in said for event in lines.line(json.dumps(record))]
+    assert len(told) == 4 and len(json.dumps(told)) < 50_000 and len(lines.outcome.message) < 10_000
+
+
+def test_events_with_lists_are_kept_by_their_size():
+    events = Events()
+    for _ in range(2000):
+        events.publish('progress', 'ws-a', {'list': [1] * 2000})
+    assert 1 < len(events.recent('ws-a')) < 100
 
 
 @pytest.mark.parametrize('line', [
