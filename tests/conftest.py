@@ -3,6 +3,7 @@ from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anyth
 import contextlib
 import ctypes
 import fcntl
+import functools
 import io
 import os
 import shutil
@@ -29,8 +30,11 @@ from contract import check_answer
 import agentbackend
 from _agentbackend.images import BASE, OWN_BASE_IMAGE
 
+LIMIT = 900  # seconds that one test may take, with the build of an image
+BASE_IMAGE = pytest.StashKey()  # the greenlet that has it built
 # Test runs beside each other must not take each other's ports; below those that the kernel gives away.
 PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
+LOCKS = []  # files that are locked as long as this run goes on
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.
 TINY_DOCKERFILE = """\
@@ -40,8 +44,8 @@ LABEL agentbackend.test={test}
 COPY busybox /bin/busybox
 COPY entry banner /bin/
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
-{steps}ENTRYPOINT ["/bin/entry"]
-"""
+ENTRYPOINT ["/bin/entry"]
+{steps}"""
 TINY_ENTRY = """\
 #!/bin/busybox sh
 trap 'exit 0' TERM
@@ -114,7 +118,7 @@ class Share:
 
 
 def pytest_addoption(parser):
-    """Take the option with which `run.sh test` starts two runs beside each other: most tests wait for the
+    """Take the option with which `run.sh test` starts runs beside each other: most tests wait for the
     engine."""
     parser.addoption('--share', metavar='FOLDER')
 
@@ -127,19 +131,67 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what needs a Docker engine: what uses the fixture `docker_client`, itself or through others."""
+    """Mark what needs a Docker engine: what uses the fixture `docker_client`, itself or through others. Files
+    that need the base image of all workspaces come last."""
     for item in items:
         if 'docker_client' in item.fixturenames:
             item.add_marker('engine')
+    later = {item.path for item in items if 'base_image' in item.fixturenames}
+    items.sort(key=lambda item: item.path in later)
+
+
+def lock(what):
+    """Return an open file that is locked, or None while another run of tests on this machine has it."""
+    file = open(Path(tempfile.gettempdir()) / f'agentbackend-tests-{what}.lock', 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextlib.contextmanager
+def alone(what):
+    """Wait until no other run of tests on this machine does the same, for the length of a block."""
+    while (held := lock(what)) is None:
+        gevent.sleep(0.5)
+    with held:
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """Have the base image of all workspaces built, which takes minutes, while what needs none is tested."""
+    if any('base_image' in item.fixturenames for item in session.items):
+        folder = tempfile.mkdtemp()
+        backend = agentbackend.make_backend(agentbackend.Config.from_env(
+            {**os.environ, 'STATE_DIR': folder, 'INSTANCE': 'test-base'}))
+        session.config.stash[BASE_IMAGE] = gevent.spawn(build_base, backend)
+        session.config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    return (yield)
+
+
+def build_base(backend):
+    """Return the base image of all workspaces."""
+    with alone('base'):
+        image = backend.templates.image(BASE, lambda text: None, gevent.event.Event())
+    backend.client.close()
+    return image
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Let no other test reach an engine, so that one that lacks the mark fails wherever it is run."""
-    with pytest.MonkeyPatch.context() as patched:
+    """Let no other test reach an engine, so that one that lacks the mark fails wherever it is run; and none
+    keep the others waiting for ever."""
+    with pytest.MonkeyPatch.context() as patched, gevent.Timeout(LIMIT, Stuck):
         if item.get_closest_marker('engine') is None:
             patched.setenv('DOCKER_HOST', 'unix:///nowhere/docker.sock')
         return (yield)
+
+
+class Stuck(Exception):
+    """A test is not over in time."""
 
 
 @pytest.fixture(scope='session')
@@ -152,25 +204,25 @@ def docker_client():
 
 
 @pytest.fixture(scope='session')
-def templates_dir(tmp_path_factory, docker_client):
-    """A folder with the template `tiny`; its images are removed in the end."""
-    folder, test = tmp_path_factory.mktemp('templates'), uuid.uuid4().hex
-    write_template(folder, 'tiny', test)
-    yield folder
-    remove_images(docker_client, test)
+def layers(docker_client):
+    """The name of this run of tests, as a label of all layers of `tiny`; they are removed in the end."""
+    name = uuid.uuid4().hex
+    yield name
+    remove_images(docker_client, name)
 
 
 @pytest.fixture(scope='session')
-def base_image(tmp_path_factory, docker_client):
-    """The base image of all workspaces; a cold build takes minutes."""
-    folder = tmp_path_factory.mktemp('base')
-    backend = agentbackend.make_backend(agentbackend.Config.from_env(
-        {**os.environ, 'STATE_DIR': str(folder), 'INSTANCE': 'test-base'}))
-    with open(Path(tempfile.gettempdir()) / 'agentbackend-test-base.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of tests may be at it
-        image = backend.templates.image(BASE, print, gevent.event.Event())
-    yield image
-    backend.client.close()
+def templates_dir(tmp_path_factory, layers):
+    """A folder with the template `tiny`."""
+    folder = tmp_path_factory.mktemp('templates')
+    write_template(folder, 'tiny', layers)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def base_image(request, docker_client):
+    """The base image of all workspaces."""
+    return request.config.stash[BASE_IMAGE].get()
 
 
 @pytest.fixture(scope='session')
@@ -202,17 +254,19 @@ def debian():
 
 
 @pytest.fixture
-def own_templates(tmp_path, templates_dir, docker_client):
+def own_templates(tmp_path, templates_dir, layers, docker_client):
     """A folder with `tiny`, and a function (name, *more steps) that adds templates to it; their images are
     removed in the end."""
     folder, test = tmp_path / 'templates', uuid.uuid4().hex
     shutil.copytree(templates_dir, folder)
-    yield folder, lambda name, *steps: write_template(folder, name, test, steps)
+    yield folder, lambda name, *steps: write_template(folder, name, layers,
+                                                      [f'LABEL agentbackend.test={test}', *steps])
     remove_images(docker_client, test)
 
 
 def write_template(folder, name, test, steps=()):
-    """Write a template like tiny with more steps; every layer of it bears the label of its test."""
+    """Write a template like tiny with more steps; every layer bears the label of its test, and those of tiny
+    are built once."""
     target = folder / name
     target.mkdir(exist_ok=True)
     shutil.copy(shutil.which('busybox'), target / 'busybox')
@@ -236,10 +290,26 @@ def remove_images(client, test):
         time.sleep(0.1)
 
 
+@pytest.fixture
+def port_3100():
+    """The port that the contract's code and the README have."""
+    with alone('port-3100'):
+        yield 3100
+
+
+@functools.cache
+def first_port():
+    """Return where the ports of this run of tests begin; no other run on this machine has them."""
+    for start in range(*PORT_SLOTS, PORT_SLOT):
+        if held := lock(f'ports-{start}'):
+            LOCKS.append(held)
+            return start
+    raise AssertionError('too many runs of tests at once')
+
+
 def port_ranges():
     """Return settings with the port ranges of this run of tests."""
-    first, last = PORT_SLOTS
-    start = first + os.getpid() * PORT_SLOT % (last - first) // PORT_SLOT * PORT_SLOT
+    start = first_port()
     return {'CODE_SERVER_PORTS': f'{start}-{start + 107}', 'SSH_PORTS': f'{start + 108}-{start + 135}',
             'CUSTOM_PORTS': f'{start + 136}-{start + PORT_SLOT - 1}'}
 
@@ -264,7 +334,7 @@ class Served:
     def start(self, *, connected=True):
         """Start the server, and wait until it answers and (unless told otherwise) has found its engine."""
         env = {key: value for key, value in os.environ.items()
-               if key not in ('API_TOKEN', 'HOST')} | self.settings
+               if key not in ('API_TOKEN', 'HOST', 'PYTHONDONTWRITEBYTECODE')} | self.settings
         self.log.open('a').close()
         already = self.log.stat().st_size
         with self.log.open('a') as log:

@@ -41,7 +41,7 @@ def fake(docker_client):
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory, templates_dir, docker_client, fake):
+def server(tmp_path_factory, templates_dir, docker_client, base_image, fake):
     with served_agents(tmp_path_factory.mktemp('claude'), templates_dir, docker_client,
                        ANTHROPIC_BASE_URL=fake.url, ANTHROPIC_API_KEY=KEY) as served:
         yield served

@@ -34,7 +34,7 @@ numbers = itertools.count(1)
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory, templates_dir, docker_client):
+def server(tmp_path_factory, templates_dir, docker_client, base_image):
     with served_agents(tmp_path_factory.mktemp('command'), templates_dir, docker_client,
                        AGENT_COMMAND='node /workspace/agent.js', DEFAULT_AGENT='command',
                        AGENT_MAX_TASKS='3', STOP_TIMEOUT='3') as served:

@@ -14,7 +14,6 @@ import pytest
 from helpers import give_records
 
 CONTRACT = javascript.CLIENTS / 'contract'
-PORT = 3100  # the contract's code has it
 
 
 @pytest.fixture(scope='module')
@@ -87,15 +86,15 @@ def browser(packages, pages):
 
 
 @pytest.fixture
-def server(make_server, own_templates):
+def server(port_3100, make_server, own_templates):
     """A server on the port that the contract's code has, on which its template is a small one, and with its
     workspace ws-abc123."""
     folder, add_template = own_templates
     add_template('bun-typescript')
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(('127.0.0.1', PORT))  # fails when another program has it, and says so
-    server = make_server(PORT=str(PORT), TEMPLATES_DIR=str(folder))
+        sock.bind(('127.0.0.1', port_3100))  # fails when another program has it, and says so
+    server = make_server(PORT=str(port_3100), TEMPLATES_DIR=str(folder))
     server.kill()
     record = {'id': 'ws-abc123', 'name': 'myold', 'folder': 'myold', 'type': 'persistent', 'template': 'tiny',
               'created_at': 1.0, 'status': 'error', 'error': 'made up'}
@@ -133,7 +132,7 @@ def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_serv
     count = 'n=0; while :; do echo line $n; n=$((n+1)); usleep 20000; done &'
     workspace = server.running('lines', env={'PRINT': count})
     browser.open('eventsource.html')
-    url = f"http://localhost:{PORT}/api/workspaces/{workspace['id']}/events?tail=100000"
+    url = f"http://localhost:{server.port}/api/workspaces/{workspace['id']}/events?tail=100000"
     browser.do('evaluate', code=f"""window.lines = []; window.source = new EventSource('{url}');
         source.onmessage = event => {{
             const m = JSON.parse(event.data);

@@ -39,7 +39,7 @@ esac
 
 
 @pytest.fixture(scope='module')
-def agent_server(tmp_path_factory, templates_dir, docker_client):
+def agent_server(tmp_path_factory, templates_dir, docker_client, base_image):
     """A server whose agent is a script, with one workspace `lab` of the template `blank`."""
     served = Served(tmp_path_factory.mktemp('served'), templates_dir,
                     AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()

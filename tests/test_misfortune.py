@@ -114,9 +114,15 @@ def test_a_deletion_that_comes_while_a_failure_is_cleaned_up_is_done(backend, mo
 @pytest.mark.parametrize('step', ['create_volume', 'create_container', 'put_files', 'start'])
 def test_a_rename_while_a_workspace_is_made_takes_the_container_along(
         backend, monkeypatch, docker_client, step):
-    meddle(monkeypatch, backend.engine, step, lambda: backend.workspaces.change('old', {'name': 'new'}))
+    renaming = []
+
+    def rename():
+        renaming.append(gevent.spawn(backend.workspaces.change, 'old', {'name': 'new'}))
+        gevent.sleep(0.1)
+    meddle(monkeypatch, backend.engine, step, rename)
     backend.workspaces.create({'name': 'old'})
     until_no_job(backend)
+    renaming[0].get(timeout=30)
     assert [item.name for item in backend.state.all()] == ['new']
     assert backend.state.get('new').status == 'running'
     assert f'/{backend.config.instance}-new' in objects_of(docker_client, backend.config.instance)

@@ -43,10 +43,10 @@ def exchange():
 
 
 @pytest.fixture
-def on_port_3100(tmp_path, docker_client):
+def on_port_3100(port_3100, tmp_path, docker_client, base_image):
     """A server as the README has it, with Claude's API played by a fake."""
     with FakeAnthropic(bridge_address(docker_client)) as fake:
-        served = Served(tmp_path, ROOT / 'templates', PORT='3100', DEFAULT_TEMPLATE='bun-typescript',
+        served = Served(tmp_path, ROOT / 'templates', PORT=str(port_3100), DEFAULT_TEMPLATE='bun-typescript',
                         ANTHROPIC_API_KEY='key-of-a-new-user', ANTHROPIC_BASE_URL=fake.url).start()
         yield served
         served.stop()
@@ -132,7 +132,7 @@ def test_the_embedding_example_serves_both_programs(tmp_path):
             running.kill()
 
 
-def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_client):
+def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_client, base_image):
     folder = tmp_path / 'templates' / 'lua'
     (folder / 'skeleton').mkdir(parents=True)
     (folder / 'skeleton' / 'main.lua').write_text('print("hello")\n')
@@ -155,7 +155,7 @@ def test_the_lua_template_is_built_and_its_skeleton_is_there(tmp_path, docker_cl
             docker_client.images.remove(image.id, force=True)
 
 
-def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client):
+def test_the_example_of_an_agent_does_its_task(tmp_path, docker_client, base_image):
     served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
                     AGENT_COMMAND='node /workspace/agent.mjs').start()
     try:
@@ -295,7 +295,7 @@ def test_another_machine_in_the_house_finds_all_of_it(make_server, network, tmp_
         caddy.wait()
 
 
-def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, templates_dir):
+def test_the_server_works_in_a_container_of_its_own(tmp_path, docker_client, templates_dir, base_image):
     """As the README has it, but for the base image, which is one that this engine has: nothing can be pulled
     everywhere."""
     builder = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='python').start()

@@ -16,8 +16,8 @@ USER_AND_PASSWORD = 'ann:s3cret-canary'
 
 
 @pytest.fixture(scope='module')
-def real(tmp_path_factory, docker_client):
-    """A server with the real templates only; a cold build of the base image takes some four minutes."""
+def real(tmp_path_factory, docker_client, base_image):
+    """A server with the real templates only."""
     served = Served(tmp_path_factory.mktemp('real'), ROOT / 'templates',
                     DEFAULT_TEMPLATE='bun-typescript').start()
     yield served
@@ -210,7 +210,7 @@ def test_extra_certificates_are_trusted_inside(real, docker_client):
     real.call('DELETE', '/api/workspaces/trusting')
 
 
-def test_readiness_is_asked_for_inside_where_ports_are_out_of_reach(tmp_path, docker_client, key):
+def test_readiness_is_asked_for_inside_where_ports_are_out_of_reach(tmp_path, docker_client, base_image, key):
     served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
                     WORKSPACE_HOST='dev.example.org').start()
     try:
