@@ -15,7 +15,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     probes       readiness, last words and usage of workspaces
     claim        the claim of one server to an instance on an engine
     logs         what containers print, followed once for all who read it
-    events       what happened, kept in a ring per topic, handed to bounded subscriptions
+    events       what happened, in a ring of batches per topic, in which readers are positions
     pages        the OpenAPI document, the dashboard and the reference
     views        records as the objects of the API, events as they go over the wire
     images       templates, and the images built from them
@@ -95,14 +95,14 @@ from _agentbackend.errors import (
     quoted,
     refusal,
 )
-from _agentbackend.events import Events
-from _agentbackend.feeds import DEFAULT_TAIL, replay_once, session_events, workspace_events
+from _agentbackend.events import Events, Steps, plain
+from _agentbackend.feeds import DEFAULT_TAIL, SessionFeed, WorkspaceFeed, opened
 from _agentbackend.gate import TICKET_LIFE, Gate, Tickets, split_host
 from _agentbackend.images import BASE, Templates
 from _agentbackend.keeper import Keeper
 from _agentbackend.logs import Logs
 from _agentbackend.pages import EVENT_STREAM, JSON_TYPE, PLAIN_TEXT, Pages, openapi_document
-from _agentbackend.positions import BEGINNING, LAST_LINE, Cursor, LogPosition, place_of
+from _agentbackend.positions import BEGINNING, LAST_LINE, Cursor, LogPosition, event_id_of, place_of
 from _agentbackend.probes import Probes
 from _agentbackend.records import RUNNING, STATUSES
 from _agentbackend.schemas import Schemas, parse_json
@@ -111,7 +111,6 @@ from _agentbackend.tasks import Tasks
 from _agentbackend.views import (
     encode,
     view_error,
-    view_event,
     view_image,
     view_session,
     view_session_details,
@@ -258,34 +257,42 @@ def follow_workspace(backend, call):
     comes."""
     workspace = backend.state.get(call.path['id'])
     backend.streams.admit()
-    batches = workspace_events(backend, workspace.id, cursor=call_cursor(call),
-                               tail=call.query.get('tail', DEFAULT_TAIL),
-                               watch_disconnect=call.watch_disconnect)
-    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
+    cursor, tail = call_cursor(call), call.query.get('tail', DEFAULT_TAIL)
+    return follow(backend, call, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor, tail=tail))
 
 
 def read_log(backend, call):
     """Get the log of a workspace as plain text: the last `tail` lines or those from `since` on; with `follow`
     also what comes."""
     workspace = backend.state.get(call.path['id'])
-    position = LogPosition(*[(parse_since(call.query['since']), 0)] * 2) if 'since' in call.query else None
+    position = LogPosition.at(parse_since(call.query['since'])) if 'since' in call.query else None
     tail = call.query.get('tail')
     backend.streams.admit()
     if call.query.get('follow'):
-        cursor = backend.events.cursor(workspace.id) if position else None
-        if cursor is not None:
-            cursor.position = position
-        batches = workspace_events(backend, workspace.id, cursor=cursor,
-                                   tail=10_000_000 if tail is None else tail,
-                                   watch_disconnect=call.watch_disconnect)
+        cursor = None
+        if position:
+            cursor = backend.events.topic(workspace.id).cursor.copy()
+            cursor.log = position
+        tail = 10_000_000 if tail is None else tail
+        stream = text_stream(opened(backend, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
+                                                                   tail=tail), call.watch_disconnect))
     else:
         lines = backend.logs.read(workspace.id, position=position, tail=tail)
-        first = next(lines, [])  # here an engine that is away can still be told
-        batches = (list(backend.events.log_events(workspace.id, batch, position or LogPosition(), str))
-                   for batch in itertools.chain([first], lines))
-        batches = counted(backend.streams, batches)
-    headers = {**SSE_HEADERS, 'Content-Type': 'text/plain; charset=utf-8'}
-    return Reply(stream=text_stream(batches), headers=headers)
+        stream = log_text(backend, itertools.chain([next(lines, [])], lines), position or LogPosition())
+    return Reply(stream=stream, headers=SSE_HEADERS | {'Content-Type': 'text/plain; charset=utf-8'})
+
+
+def log_text(backend, parts, position):
+    """Yield lists of lines of a log, as far as they come behind a position, as plain text."""
+    with counted(backend.streams):
+        for lines in parts:
+            yield plain(backend.events.redact_lines(position.advance(lines))).encode('utf-8', 'replace')
+
+
+def follow(backend, call, feed, headers=()):
+    """Return the reply that streams as SSE what the Feed that `feed()` makes has."""
+    return Reply(stream=sse_stream(opened(backend, feed, call.watch_disconnect)),
+                 headers=SSE_HEADERS | dict(headers))
 
 
 def execute_task(backend, call):
@@ -301,9 +308,9 @@ def execute_task(backend, call):
     if 'application/json' in call.accept:
         return Reply({'sessionId': session.id, 'runId': run.id, 'workspaceId': session.workspace_id,
                       'agent': session.agent}, 202, headers)
-    batches = session_events(backend, session.id, after=(run.number - 1, LAST_LINE, 0),
-                             watch_disconnect=call.watch_disconnect, task=(session, run))
-    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS | headers)
+    after = (run.number - 1, LAST_LINE, 0)
+    return follow(backend, call, lambda: SessionFeed(backend, session.id, after=after, task=(session, run)),
+                  headers)
 
 
 def follow_session(backend, call):
@@ -311,9 +318,7 @@ def follow_session(backend, call):
     after = call.query.get('after', call.last_event_id)
     after = place_of(after) if after else BEGINNING
     backend.streams.admit()
-    batches = session_events(backend, call.path['session_id'], after=after,
-                             watch_disconnect=call.watch_disconnect)
-    return Reply(stream=sse_stream(batches), headers=SSE_HEADERS)
+    return follow(backend, call, lambda: SessionFeed(backend, call.path['session_id'], after=after))
 
 
 def list_sessions(backend, call):
@@ -338,13 +343,13 @@ def get_transcript(backend, call):
     session = backend.state.session(call.path['id'])
     after = place_of(call.query['after']) if call.query.get('after') else BEGINNING
     limit, found = call.query.get('limit', 1000), []
-    for batch in replay_once(backend, session.id, after):
-        found += [event for _, event in batch]
+    for run, steps in backend.tasks.replay(session, after, backend.tasks.told(session.id)):
+        found += [(run, step) for step in steps]
         if len(found) > limit:
             break
-    shown = found[:limit]
-    return Reply({'events': [json.loads(view_event(event)) for event in shown],
-                  'next': shown[-1].id if len(found) > limit else None})
+    shown = [row for run, step in found[:limit] for row in Steps(run, [step], event_id_of).rows()]
+    return Reply({'events': [json.loads(text) for _, text in shown],
+                  'next': shown[-1][0] if len(found) > limit else None})
 
 
 def cancel_session(backend, call):
@@ -726,7 +731,7 @@ def make_backend(config):
     state = State(Path(config.state_dir) / f'{config.instance}.sqlite',
                   {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports,
                    'custom': config.custom_ports})
-    events = Events(config.secrets())
+    events = Events(state, config.secrets())
     client = DockerClient(host=config.docker_host, tls_verify=config.docker_tls_verify,
                           cert_path=config.docker_cert_path)
     engine = Engine(client, instance=config.instance, recorded=state.container_of)

@@ -194,6 +194,7 @@ run_benches() {
     make_venv
     see_to_engine
     need busybox=busybox-static
+    .venv/bin/python -c 'import matplotlib' 2>/dev/null || .venv/bin/pip install -qq --disable-pip-version-check -e '.[bench]'
     local bench
     for bench in bench/*.py; do
         say "$bench"

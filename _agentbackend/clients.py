@@ -1,19 +1,20 @@
 """Who listens: SSE and WebSocket clients."""
 import contextlib
+import io
 import logging
 import time
 
 import gevent
 import gevent.event
 
-from _agentbackend.errors import BackendError, TooMany, Unauthorized, WorkspaceNotFound, internal_error
-from _agentbackend.events import EVERYTHING, Event, Subscription
-from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, CatchUp, dropped_event, is_end, status_event
+from _agentbackend.errors import BackendError, TooMany, Unauthorized, internal_error
+from _agentbackend.events import EVERYTHING, Batch, Event
+from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, EverythingFeed, WorkspaceFeed
 from _agentbackend.gate import WRONG_TOKEN, same_secret
 from _agentbackend.positions import Cursor
 from _agentbackend.schemas import parse_json
 from _agentbackend.timing import Turn
-from _agentbackend.views import RETRY, view_frame, view_sse
+from _agentbackend.views import RETRY
 from _agentbackend.wire import GOING_AWAY, POLICY, WebSocketError
 
 log = logging.getLogger('agentbackend')
@@ -23,7 +24,6 @@ MAX_SUBSCRIPTIONS = 100  # of one WebSocket
 MAX_STRANGERS = 100  # WebSockets that have yet to show the token
 AUTH_TIMEOUT = 10  # seconds they have for that
 CHECK_PAUSE = 3  # seconds
-BATCH = 200  # events
 SSE_HEADERS = {'Content-Type': 'text/event-stream; charset=utf-8', 'Cache-Control': 'no-cache',
                'X-Accel-Buffering': 'no'}
 
@@ -86,40 +86,40 @@ class Streams:
                 getattr(stream, 'check', lambda: None)()
 
 
-def counted(streams, parts):
-    """Yield the parts of an answer that may be long, and count it among the streams meanwhile."""
-    with streams.opened(Subscription()):
-        yield from parts
+@contextlib.contextmanager
+def counted(streams):
+    """Count an answer that may be long among the streams for the length of a block."""
+    with streams.opened(io.BytesIO()):  # has a close()
+        yield
 
 
-def sse_stream(batches):
-    """Yield the text of an SSE stream; a heartbeat when nothing comes for a while, since only a write finds
-    some of the dead."""
+def sse_stream(opened):
+    """Yield the text of an SSE stream from an opened Feed; a heartbeat when nothing comes for a while, since
+    only a write finds some of the dead."""
     # A proxy may wait for the first bytes. `retry` stands with the first event: alone, some clients make one
     # of it.
     yield b': events\n\n'
     written, turn, retry = time.monotonic(), Turn(), b'retry: %d\n' % RETRY
-    for batch in batches:
-        for start in range(0, len(batch), BATCH):
-            yield retry + b''.join(map(view_sse, batch[start:start + BATCH]))
-            retry = b''
-            turn.pass_on()
-        if batch:
-            written = time.monotonic()
-        elif time.monotonic() - written >= HEARTBEAT - 1:
-            yield b': still here\n\n'
-            written = time.monotonic()
+    with opened as feed:
+        for batches in feed.batches():
+            if batches:
+                yield retry + b''.join([batch.sse for batch in batches])
+                written, retry = time.monotonic(), b''
+                turn.pass_on()
+                if any(batch.is_end for batch in batches):
+                    return
+            elif time.monotonic() - written >= HEARTBEAT - 1:
+                yield b': still here\n\n'
+                written = time.monotonic()
 
 
-def text_stream(batches):
-    """Yield the lines of a log as plain text."""
-    for batch in batches:
-        text = ''.join(f"workspace: {event.data['phase']}: {event.data['message']}\n"
-                       if event.type == 'progress'
-                       else f"{event.data['message']}\n" for event in batch
-                       if event.type == 'log' or 'phase' in event.data)
-        if text:
-            yield text.encode('utf-8', 'replace')
+def text_stream(opened):
+    """Yield the lines of a workspace's log as plain text, from an opened Feed."""
+    with opened as feed:
+        for batches in feed.batches():
+            yield ''.join([batch.text for batch in batches]).encode('utf-8', 'replace')
+            if any(batch.is_end for batch in batches):
+                return
 
 
 class WebSocketClient:
@@ -131,12 +131,11 @@ class WebSocketClient:
         self._socket = socket
         self._trusted = trusted
         self._came_at = time.monotonic()
-        self._outbox = Subscription(on_put=self._wake)
-        self._room = gevent.event.Event()
-        self._feeds = {}  # topic -> (pump, greenlet that catches up), each of them or None
+        self._feeds = {}  # topic -> Feed
+        self._catching_up = set()  # of those that are behind
         self._writer = None
+        self._due = gevent.event.Event()
         self._ping_is_due = False
-        self._place = ''
 
     def run(self):
         """Serve the client until it leaves."""
@@ -148,8 +147,8 @@ class WebSocketClient:
                         break
                     self._handle(text)
             finally:
-                for topic in list(self._feeds):
-                    self._unsubscribe(topic)
+                for name in list(self._feeds):
+                    self._unsubscribe(name)
                 if self._writer is not None:
                     self._writer.kill(block=False)
                 self._socket.close()
@@ -190,7 +189,6 @@ class WebSocketClient:
         self._say('error', about, {'code': error.code, 'message': str(error)}
                   | ({'details': error.details} if error.details else {}))
         if isinstance(error, Unauthorized):
-            self._flush()
             self._socket.close(POLICY, 'unauthorized')
 
     def _obey(self, message):
@@ -220,57 +218,25 @@ class WebSocketClient:
             raise TooMany(f'This connection has {MAX_SUBSCRIPTIONS} subscriptions already; unsubscribe from '
                           'one, or open another.')
         if topic == EVERYTHING:
-            self._feeds[topic] = None, gevent.spawn(self._feed_everything)
+            self._feeds[topic] = EverythingFeed(self._backend, self._wake)
         else:
-            pump = self._backend.logs.watch(topic)
-            tail = message.get('tail', DEFAULT_TAIL)
-            self._feeds[topic] = pump, gevent.spawn(self._feed, topic, pump, cursor, tail)
+            self._feeds[topic] = WorkspaceFeed(self._backend, topic, cursor=cursor, on_wake=self._wake,
+                                               tail=message.get('tail', DEFAULT_TAIL))
+        self._catch_up(self._feeds[topic])
 
-    def _unsubscribe(self, topic):
-        pump, greenlet = self._feeds.pop(topic, (None, None))
-        if greenlet is not None:
-            greenlet.kill()
-        self._backend.events.detach(topic, self._outbox)
-        if pump is not None:
-            self._backend.logs.unwatch(pump)
-
-    def _feed(self, workspace_id, pump, cursor, tail):
-        try:
-            for batch in CatchUp(self._backend, workspace_id, self._outbox, pump, cursor=cursor,
-                                 tail=tail).batches():
-                self._offer(batch)
-            self._feeds[workspace_id] = pump, None  # a greenlet that is done is not worth its memory
-        except BackendError as error:
-            self._say('error', workspace_id, {'code': error.code, 'message': str(error)})
-
-    def _feed_everything(self):
-        """Tell the status of each workspace; what it was before `after` is of no use."""
-        events = self._backend.events
-        events.attach(EVERYTHING, self._outbox)
-        place = events.place(EVERYTHING)
-        for workspace in self._backend.state.all():
-            self._wait_for_room()
-            # Deleted meanwhile; what changed meanwhile has been told already.
-            with contextlib.suppress(WorkspaceNotFound):
-                self._outbox.put(status_event(self._backend.state.get(workspace.id), place))
-
-    def _offer(self, batch):
-        """Put old events into the outbox when there is room: unlike the live ones, they can wait."""
-        for event in batch:
-            self._wait_for_room()
-            self._outbox.put(event)
-
-    def _wait_for_room(self):
-        while not self._outbox.has_room:
-            self._room.clear()
-            self._room.wait(1)
-
-    def _say(self, kind, workspace_id, data):
-        self._outbox.put(Event(kind, workspace_id, '', time.time(), data))
+    def _unsubscribe(self, name):
+        feed = self._feeds.pop(name, None)
+        if feed is not None:
+            feed.release()
 
     # What the client is sent
 
+    def _say(self, kind, workspace_id, data):
+        with contextlib.suppress(WebSocketError):
+            self._send([Batch(Event(kind, workspace_id, '', time.time(), data))])
+
     def _wake(self):
+        self._due.set()
         if self._writer is None:
             self._writer = gevent.spawn(self._write)
 
@@ -278,29 +244,47 @@ class WebSocketClient:
         """Write what waits, all of it at once, until nothing comes for a second."""
         try:
             while not self._socket.closed:
+                self._due.clear()
                 if self._ping_is_due:
                     self._ping_is_due = False
                     self._socket.ping()
-                lost, events = self._outbox.take(1)
-                if not events and not len(self._outbox) and not self._ping_is_due:
+                followed = set(self._feeds)
+                for feed in [feed for feed in self._feeds.values() if feed not in self._catching_up]:
+                    # A status is told once, though it is of all and of one that is followed.
+                    self._send([batch for batch in feed.take() if feed.name == batch.workspace_id
+                                or batch.workspace_id not in followed])
+                    if feed.behind:
+                        self._catch_up(feed)
+                if not self._due.wait(1):
                     return
-                self._send(lost, events)
         except WebSocketError as error:
             log.debug('A WebSocket client is gone: %s', error)
         finally:
             self._writer = None
 
-    def _send(self, lost, events):
-        frames = [view_frame(dropped_event(None, lost, self._place))] if lost else []
-        frames += map(view_frame, events)
-        self._room.set()
-        if frames:
-            self._socket.send_encoded(b''.join(frames))
-        self._place = next((event.id for event in reversed(events) if event.id), self._place)
-        for event in events:
-            if is_end([event]):
-                self._unsubscribe(event.workspace_id)
+    def _catch_up(self, feed):
+        """Let a greenlet send what a feed has missed; one that is in the ring is not worth the memory."""
+        self._catching_up.add(feed)
+        gevent.spawn(self._send_missed, feed)
 
-    def _flush(self):
-        with contextlib.suppress(WebSocketError):
-            self._send(*self._outbox.drain())
+    def _send_missed(self, feed):
+        try:
+            for batch in feed.catch_up():
+                if feed.closed:
+                    return
+                if batch is not None:
+                    self._send([batch])
+        except WebSocketError as error:
+            log.debug('A WebSocket client is gone: %s', error)
+        except BackendError as error:
+            self._say('error', feed.name, {'code': error.code, 'message': str(error)})
+        finally:
+            self._catching_up.discard(feed)
+        self._wake()
+
+    def _send(self, batches):
+        if batches:
+            self._socket.send_encoded(b''.join([batch.frames for batch in batches]))
+        for batch in batches:
+            if batch.is_end:
+                self._unsubscribe(batch.workspace_id)

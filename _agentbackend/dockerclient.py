@@ -26,6 +26,7 @@ log = logging.getLogger('agentbackend')
 
 CALL_TIMEOUT = 60  # seconds until the headers of an answer
 PING_TIMEOUT = 5  # seconds
+PIECE = 65536  # bytes
 # The engine's words for a port that is taken, of old and new versions, by a container or by another program.
 PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
 CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
@@ -119,6 +120,22 @@ class DockerClient:
         answer = self.api._post_json(self.api._url('/containers/{0}/update', container_id), data=settings)
         self.api._raise_for_status(answer)
 
+    @staticmethod
+    def pieces(raw):
+        """Yield the bytes of a raw answer, each time all that has come, at most PIECE: urllib3 gives each
+        chunk by itself, and the engine makes one of each line."""
+        if not raw.chunked:
+            yield from raw.stream(PIECE)
+            return
+        held, ended = b'', False
+        while not ended:
+            data = raw._fp.fp.read1(PIECE)
+            if not data:
+                raise urllib3.exceptions.ProtocolError('the answer ended within a chunk')
+            content, held, ended = dechunk(held + data)
+            if content:
+                yield content
+
     def attach(self, exec_id, data=b''):
         """Start a command that was created, give it data on stdin, and yield (stream, bytes) of what it
         prints until it ends.
@@ -151,6 +168,20 @@ def why_refused(address):
         return f'Docker is there, but user {user} may not use {address}. Start this server as one who may.'
     return (f'Docker is there, but user {user} is not in the group {group}, whose members may use {address}. '
             f'As root: usermod -aG {group} {user}, then log in again and start this server.')
+
+
+def dechunk(data):
+    """Return (content, rest, whether it was the last) of the chunks that bytes begin with."""
+    parts, start = [], 0
+    while (end := data.find(b'\r\n', start)) >= 0:
+        size = int(data[start:end].partition(b';')[0], 16)
+        if size == 0:
+            return b''.join(parts), b'', True
+        if len(data) < end + size + 4:
+            break
+        parts.append(data[end + 2:end + 2 + size])
+        start = end + size + 4
+    return b''.join(parts), data[start:], False
 
 
 def send(sock, data):

@@ -1,13 +1,16 @@
 """The format in which the engine sends the output of a container."""
 import functools
-from datetime import datetime
+import struct
+from datetime import datetime, timezone
 
 STDOUT, STDERR = 1, 2
 STREAM_NAMES = {0: 'stdout', STDOUT: 'stdout', STDERR: 'stderr'}
 MAX_LINE = 2**20  # bytes of one line; the rest of a longer one is left out
+MAX_SECOND = 253_402_300_799  # the last of the year 9999
+HEADER = struct.Struct('>B3xI')  # of a frame: its stream and its length
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def parse_second(text):
     """Return the seconds since the epoch of a stamp without its fraction; lines of a log mostly share one."""
     return int(datetime.fromisoformat(text + '+00:00').timestamp())
@@ -17,6 +20,14 @@ def parse_stamp(stamp):
     """Return the nanoseconds since the epoch of one of the engine's stamps, as
     2026-11-23T20:56:17.502392174Z."""
     return parse_second(stamp[:19]) * 1_000_000_000 + int(stamp[20:29])
+
+
+def stamp_of(nanoseconds):
+    """Return the stamp that the engine writes for nanoseconds since the epoch. All have the same length, so
+    they compare as times do."""
+    second, rest = divmod(max(0, nanoseconds), 1_000_000_000)
+    moment = datetime.fromtimestamp(min(second, MAX_SECOND), timezone.utc)
+    return f'{moment:%Y-%m-%dT%H:%M:%S}.{rest:09d}Z'
 
 
 class LogDamaged(Exception):
@@ -38,42 +49,50 @@ class LogLines:
         self._parts = {}  # stream -> [stamp, bytes of the line so far]
 
     def feed(self, data):
-        """Return the lines that are complete with these bytes."""
+        """Return the lines that are complete with these bytes; raise LogDamaged when there are none before
+        the damage."""
         self._buffer += data
         if self._tty and b'\n' not in data:
             # Of a line without an end, as a progress bar makes it; the stamp stands before it.
             del self._buffer[MAX_LINE + 100:]
             return []
-        return self._feed_tty() if self._tty else self._feed_frames()
+        lines = []
+        try:
+            self._feed_tty(lines) if self._tty else self._feed_frames(lines)
+        except LogDamaged:
+            if not lines:
+                raise  # else it is met again behind them
+        return lines
 
     def end(self):
         """Return what was printed last without a line end; a container's output may end so."""
-        if self._tty and self._buffer:
-            self._buffer += b'\n'
-            return self._feed_tty()
+        if self._tty:
+            return self.feed(b'\n') if self._buffer else []
         return [self._line(stream, *self._parts.pop(stream)) for stream in list(self._parts)]
 
-    def _feed_frames(self):
-        lines, start, buffer = [], 0, self._buffer
-        while len(buffer) - start >= 8:
-            size = int.from_bytes(buffer[start + 4:start + 8], 'big')
-            if len(buffer) - start - 8 < size:
-                break
-            self.pieces += 1
-            self._frame(buffer[start], bytes(buffer[start + 8:start + 8 + size]), lines)
-            start += 8 + size
-        del buffer[:start]
-        return lines
+    def _feed_frames(self, lines):
+        buffer, start, length = bytes(self._buffer), 0, len(self._buffer)
+        try:
+            while length - start >= 8:
+                stream, size = HEADER.unpack_from(buffer, start)
+                at, end = start + 8, start + 8 + size
+                if end > length:
+                    break
+                if not self._parts and buffer[end - 1] == 10:  # a whole line, as nearly all are
+                    lines.append(self._line(stream, buffer[at:at + 30], buffer[at + 31:end]))
+                else:
+                    self._frame(stream, buffer[at:end], lines)
+                start, self.pieces = end, self.pieces + 1
+        finally:
+            self._buffer = bytearray(buffer[start:])
 
     def _frame(self, stream, payload, lines):
-        if stream not in STREAM_NAMES:
-            raise LogDamaged(payload.decode('utf-8', 'replace').strip())
         stamp, _, content = payload.partition(b' ')
         held = self._parts.get(stream)
         if held is not None and held[0] != stamp:
             lines.append(self._line(stream, *self._parts.pop(stream)))
             held = None
-        if content.endswith(b'\n'):
+        if stream not in STREAM_NAMES or content.endswith(b'\n'):
             if held is not None:
                 content = held[1] + content
                 del self._parts[stream]
@@ -83,23 +102,27 @@ class LogLines:
         elif len(held[1]) <= MAX_LINE:
             held[1] += content
 
-    def _feed_tty(self):
-        *complete, rest = bytes(self._buffer).split(b'\n')
-        self._buffer = bytearray(rest)
-        lines = []
-        for line in complete:
+    def _feed_tty(self, lines):
+        *complete, self._buffer = self._buffer.split(b'\n')
+        for number, line in enumerate(complete):
             stamp, _, content = line.partition(b' ')
             self.pieces += 1 + content.count(stamp + b' ')
-            lines.append(self._line(0, stamp, content.replace(stamp + b' ', b'')))
-        return lines
+            try:
+                lines.append(self._line(0, stamp, content.replace(stamp + b' ', b'')))
+            except LogDamaged:
+                self._buffer = bytearray(b'\n').join([*complete[number:], self._buffer])
+                raise
 
     @staticmethod
     def _line(stream, stamp, content):
         try:
-            at = parse_stamp(stamp.decode('ascii'))
-        except ValueError as error:
-            raise LogDamaged(bytes(stamp + b' ' + content)[:300].decode('utf-8', 'replace')) from error
-        return (stream or STDOUT), at, bytes(content[:MAX_LINE]).decode('utf-8', 'replace').rstrip('\r\n')
+            time = stamp.decode('ascii')
+            parse_second(time[:19])
+            if stream in STREAM_NAMES and len(time) == 30:
+                return stream or STDOUT, time, content[:MAX_LINE].decode('utf-8', 'replace').rstrip('\r\n')
+        except ValueError:
+            pass
+        raise LogDamaged(bytes(stamp + b' ' + content)[:300].decode('utf-8', 'replace').strip())
 
 
 def read_frames(stream):

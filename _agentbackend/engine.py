@@ -15,8 +15,9 @@ import docker
 import gevent
 import gevent.lock
 
-from _agentbackend.dockerlog import LogDamaged, LogLines
+from _agentbackend.dockerlog import LogDamaged, LogLines, parse_stamp
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog
+from _agentbackend.positions import MARGIN
 from _agentbackend.timing import cooperatively, parse_time
 
 PREFIX = 'agentbackend'  # of our labels and images
@@ -34,8 +35,6 @@ REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
 MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
 LINES_AT_ONCE = 200  # of a log, when they are not waited for
 MAX_TAIL = 100_000  # last lines that are counted; of more, the pieces that the engine counts
-# Nanoseconds: the engine writes a line of one stream a little after a later one of the other.
-LOG_MARGIN = 1_000_000_000
 MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
 PIECE = 65536  # bytes
 
@@ -402,7 +401,7 @@ class Engine:
         return b''.join(self.read_file(container_id, path, limit=MAX_PRINTED))
 
     def log_lines(self, container, *, since=0, tail=None, follow=False):
-        """Yield lists of lines, (stream, stamp in nanoseconds, text), of a container's output.
+        """Yield lists of lines, (stream, stamp, text), of a container's output.
 
         From `since` (nanoseconds, inclusive) on, or the last `tail` lines; with `follow` until the container
         ends.
@@ -427,8 +426,8 @@ class Engine:
                 yield list(found)
                 raise
             # A piece has the stamp of its line's first one: what is cut came before all that is not.
-            begun = min((stamp for _, stamp, _ in firsts.values()), default=0) + LOG_MARGIN
-            cut = [line for line in firsts.values() if line[1] <= begun]
+            begun = min((parse_stamp(stamp) for _, stamp, _ in firsts.values()), default=0) + MARGIN
+            cut = [line for line in firsts.values() if parse_stamp(line[1]) <= begun]
             enough = len(found) == count and not any(line is one for line in found for one in cut)
             if enough or lines.pieces < pieces:
                 yield list(found)
@@ -442,11 +441,11 @@ class Engine:
         if since:
             params['since'] = f'{since // 1_000_000_000}.{since % 1_000_000_000:09d}'
         batch, enough = [], 1 if follow else LINES_AT_ONCE
-        with self._errors(), self._client.get(
-                '/containers/{0}/logs', container.id, params, timeout=None) as answer:
-            for data in cooperatively(answer.stream(PIECE)):
+        with self._errors(), self._client.get('/containers/{0}/logs', container.id, params,
+                                              timeout=None) as answer:
+            for data in cooperatively(self._client.pieces(answer)):
                 try:
-                    batch += lines.feed(data)  # the engine sends line by line
+                    batch += lines.feed(data)
                 except LogDamaged:
                     yield batch
                     raise

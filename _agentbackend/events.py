@@ -1,26 +1,23 @@
-"""What happened, kept in a ring per topic, handed to bounded subscriptions."""
+"""What happened, told to readers who are positions: a ring of batches per topic, and behind it an archive
+that has the rest."""
 import collections
-import dataclasses
-import re
+import functools
 import time
 from dataclasses import dataclass
 
 import gevent
-import gevent.event
 
-from _agentbackend.dockerlog import STREAM_NAMES
-from _agentbackend.positions import NOT_BEGUN, Cursor, event_id_of
+from _agentbackend.positions import LAST_LINE, Cursor, event_id_of
 from _agentbackend.records import DELETING
+from _agentbackend.views import view_event, view_frames, view_lines, view_sse, view_steps
 
-RING_SIZE = 5000  # events kept per topic
-RING_BYTES = 4 * 2**20  # and how large they may be together
-QUEUE_SIZE = 1000  # events that wait for one reader
-QUEUE_BYTES = 4 * 2**20  # and how large they may be together
+RING_BYTES = 4 * 2**20  # of what a topic holds, as it is sent
+OVERHEAD = 300  # bytes of an event on the wire, beside what it says
+LINGER = 10  # seconds for which what nobody reads any more is kept: who was cut off comes back at once
+MANY = 50  # readers, for whom what comes is collected for a while
+BREATH, MAX_BREATH = 5e-5, 0.1  # seconds: for each of them, and for all
 EVERYTHING = '*'  # the topic of every workspace's status
 DELETED = {'status': DELETING, 'deleted': True}  # data of a workspace's last event
-# What the entrypoint of a workspace says of its way to readiness, which is told as `progress`.
-PROGRESS = re.compile(r'workspace: (clone|submodules|large files|setup): (.*)')
-STEPS = re.compile(r'(?:(\d{1,9})/(\d{1,9}) |.*?(?<!\d)(\d{1,3})%)', re.A)
 
 
 @dataclass(slots=True)
@@ -28,8 +25,7 @@ class Event:
     """One thing that happened. `timestamp` is seconds since the epoch; `session_id` is None outside of agent
     tasks.
 
-    `id` is a position in its topic: who has seen it has seen everything before it. `json` keeps what it was
-    encoded to, so that it is encoded once for all its readers.
+    `id` is a position in its topic: who has seen it has seen everything before it.
     """
 
     type: str
@@ -38,151 +34,205 @@ class Event:
     timestamp: float
     data: dict
     session_id: str = None
-    place: tuple = None  # of a task's: (serial number of the run, line, number in the line)
-    size: int = 200  # bytes, roughly
-    json: bytes = None
 
 
-class Ring:
-    """The last events of a topic, as many as may be kept."""
+class Batch:
+    """What came together: encoded once for all its readers, when the first of them wants it.
 
-    def __init__(self):
-        self._events = collections.deque()  # (count, event)
-        self._bytes = 0
-        self._dropped = collections.deque(maxlen=10_000)  # counts of those that are kept nowhere else
-        self.end_of_dropped = 0  # count of the last that was dropped
-
-    def append(self, count, event):
-        """Keep an event, and drop the oldest for it if need be."""
-        self._events.append((count, event))
-        self._bytes += event.size
-        while len(self._events) > RING_SIZE or (self._bytes > RING_BYTES and len(self._events) > 1):
-            self.end_of_dropped, dropped = self._events.popleft()
-            self._bytes -= dropped.size
-            if dropped.place is None:
-                self._dropped.append(self.end_of_dropped)
-
-    def after(self, count):
-        """Return (count, event) of what came after a count, oldest first."""
-        return [(number, event) for number, event in self._events if number > count]
-
-    def lost_after(self, count):
-        """Return how many events that came after a count are kept nowhere any more; those of a task are in
-        its file."""
-        return sum(number > count for number in self._dropped)
-
-
-class Subscription:
-    """A reader's bounded queue. When it is full the oldest events are lost and counted.
-
-    `on_put`, if given, is called after each event; it must not block.
+    `last_id` is the id of the last event in it: the position of whoever has read it.
     """
 
-    def __init__(self, size=QUEUE_SIZE, on_put=None):
-        self._queue = collections.deque()
-        self._size = size
-        self._bytes = 0
-        self._wake = gevent.event.Event()
-        self._on_put = on_put
-        self.lost = 0
-        self.closed = False
+    def __init__(self, *events):
+        self.events = events
+        self.workspace_id, self.last_id = events[-1].workspace_id, events[-1].id
+        self.size = sum(OVERHEAD + len(str(event.data)) for event in events)
 
-    def __len__(self):
-        return len(self._queue)
+    def rows(self):
+        """Return (id, JSON) of each event."""
+        return [(event.id, view_event(event)) for event in self.events]
+
+    @functools.cached_property
+    def sse(self):
+        """All of it as SSE text."""
+        return view_sse(self.rows())
+
+    @functools.cached_property
+    def frames(self):
+        """All of it as WebSocket frames."""
+        return view_frames(self.rows())
 
     @property
-    def has_room(self):
-        """Tell whether there is room for events that can wait."""
-        return len(self._queue) < self._size // 2 and self._bytes < QUEUE_BYTES // 2
+    def text(self):
+        """The lines of a log in it, as plain text."""
+        return ''.join(f"{event.data['message']}\n" for event in self.events if event.type == 'log')
 
-    def put(self, event):
-        """Hand over an event; never blocks."""
-        self._queue.append(event)
-        self._bytes += event.size
-        while len(self._queue) > self._size or (self._bytes > QUEUE_BYTES and len(self._queue) > 1):
-            self._bytes -= self._queue.popleft().size
-            self.lost += 1
-        self._wake.set()
-        if self._on_put is not None:
-            self._on_put()
+    @property
+    def is_end(self):
+        """Whether it holds the last event of a workspace."""
+        return any(event.type == 'status' and event.data.get('deleted') for event in self.events)
 
-    def take(self, timeout=None):
-        """Return (how many were lost, the events that wait), at the latest after `timeout` seconds."""
-        self._wake.wait(timeout)
-        return self.drain()
 
-    def drain(self):
-        """Return the same without waiting, and without a switch to another greenlet."""
-        if not self.closed:
-            self._wake.clear()
-        lost, events = self.lost, list(self._queue)
-        self.lost = self._bytes = 0
-        self._queue.clear()
-        return lost, events
+class Lines(Batch):
+    """Lines of a log, (position, stream, stamp, text), of which none is made an event; they come behind the
+    position `before`."""
 
-    def close(self):
-        """Let the reader go on to its end."""
-        self.closed = True
-        self._wake.set()
+    is_end = False
+
+    def __init__(self, workspace_id, lines, cursor, before=None):
+        self.workspace_id, self.lines, self.before = workspace_id, lines, before
+        self.head, self.tail = cursor.head, cursor.tail
+        self.last_id = f'{self.head}{lines[-1][0]}{self.tail}'
+        self.size = sum([len(line[3]) for line in lines]) + OVERHEAD * len(lines)
+
+    def rows(self):
+        """Yield (id, JSON) of each event."""
+        return view_lines(self.workspace_id, self.lines, self.head, self.tail)
+
+    @property
+    def text(self):
+        """The lines as plain text."""
+        return plain(self.lines)
+
+
+class Steps(Batch):
+    """Events of a task, (place, type, data, seconds); `id_of` gives their ids from their places, and
+    `shown()` what `view_steps` makes of them."""
+
+    is_end, text = False, ''
+
+    def __init__(self, run, steps, id_of, shown=None):
+        self.workspace_id, self.last_id = run.workspace_id, id_of(steps[-1][0])
+        self.run, self.steps, self.id_of = run, steps, id_of
+        self.shown = shown or (lambda: view_steps(run, steps))
+        # A small number or list takes some ten times the room of its text.
+        self.size = sum(OVERHEAD + sum(len(value) if isinstance(value, str) else 10 * len(repr(value))
+                                       for value in data.values()) for _, _, data, _ in steps)
+
+    def rows(self):
+        """Yield (id, JSON) of each event."""
+        for place, start, end in self.shown():
+            event_id = self.id_of(place)
+            yield event_id, f'{start}{event_id}{end}'
+
+
+def plain(lines):
+    """Return lines of a log, whose last part is what they say, as plain text."""
+    return '\n'.join([line[-1] for line in lines] + ['']) if lines else ''
+
+
+class Topic:
+    """A ring of the last batches; what is no more in it is in the archive.
+
+    A reader is anything with `wake()`; where it is in the ring, it knows by itself. Nothing but `breathe`
+    switches to another greenlet, so that it needs no lock and a reader can't delay a publisher.
+    """
+
+    def __init__(self):
+        self.cursor = Cursor()  # of a workspace's: where it is now
+        self.end = 0  # how many batches were put
+        self.forgotten = False  # it is to go with its last reader
+        self._batches, self._bytes, self._readers = collections.deque(), 0, set()
+
+    @property
+    def is_read(self):
+        """Whether anybody reads it."""
+        return bool(self._readers)
+
+    def put(self, batch):
+        """Let all readers have a batch."""
+        self._batches.append(batch)
+        self.end += 1
+        self._bytes += batch.size
+        while self._bytes > RING_BYTES and len(self._batches) > 1:
+            self._bytes -= self._batches.popleft().size
+        self._wake()
+
+    def breathe(self):
+        """Let its readers take what was put before more is read for them: so they have much at once, and each
+        write costs as much as many lines."""
+        gevent.sleep(min(MAX_BREATH, len(self._readers) * BREATH) if len(self._readers) > MANY else 0)
+
+    def after(self, position):
+        """Return the batches from a position to the end; None when some of them are held no more."""
+        count = self.end - position
+        return [self._batches[index] for index in range(-count, 0)] if count <= len(self._batches) else None
+
+    def held(self):
+        """Return all batches that are in it."""
+        return list(self._batches)
+
+    def begin_anew(self):
+        """Send all readers to the archive, since another source has come or gone."""
+        self._batches.clear()
+        self.end, self._bytes = self.end + 1, 0
+        self._wake()
+
+    def attach(self, reader):
+        """Wake a reader from now on when there is something."""
+        self._readers.add(reader)
+
+    def detach(self, reader):
+        """End that; twice is fine."""
+        self._readers.discard(reader)
+
+    def _wake(self):
+        for reader in self._readers:
+            reader.wake()
 
 
 class Events:
-    """Topics, each a ring of its last events and a set of subscriptions.
+    """The topics: one of each workspace, one of each session, and one of every workspace's status.
 
-    Everything here is done without a switch between greenlets, so that it needs no lock and a reader can't
-    delay a publisher.
+    What workspaces say of themselves is kept by `state`, their logs by the engine, and what tasks do in files
+    of their own: these are the archive.
     """
 
-    def __init__(self, secrets=()):
+    def __init__(self, state, secrets=()):
+        self._state = state
         self._secrets = [secret for secret in secrets if len(secret) >= 6]
-        self._cursors = {}  # workspace id -> Cursor, of which count is not kept: all topics share one
-        self._rings = {}  # topic -> Ring
-        self._readers = collections.defaultdict(set)
-        self.boot = f'{int(time.time() * 1000):x}'  # ids of another process mean nothing here
-        self.count = 0
-        self.positions = {}  # workspace id -> how far its log has been published, as text
+        self._topics = {}
 
-    def publish(self, event_type, workspace_id, data, *, run=None, place=None, timestamp=None):
-        """Publish an event to the topic of its workspace, and return it.
+    def topic(self, name):
+        """Return a topic: of the id of a workspace, of ('session', id), or of EVERYTHING."""
+        if name not in self._topics:
+            self._topics[name] = topic = Topic()
+            topic.cursor.own = self._state.told(name)
+            topic.forgotten = isinstance(name, tuple)  # a session without a task is told from its files
+        return self._topics[name]
 
-        One of a run, at a place of its session, goes to the topic of the session too, where it has an id of
-        its own.
-        """
-        self.count += 1
-        data = self.redact(data)
-        event = Event(event_type, workspace_id, '', timestamp or time.time(), data)
-        # A small number or list takes some ten times the room of its text.
-        event.size += sum(len(value) if isinstance(value, str) else 10 * len(repr(value))
-                          for value in data.values())
-        if run is not None:
-            event.session_id, event.place = run.session_id, (run.serial, *place[1:])
-            self._cursor(workspace_id).tell(event.place)
-        event.id = self.place(workspace_id)
-        self._deliver(workspace_id, event)
-        if run is not None:
-            self._deliver(run.session_id, dataclasses.replace(event, id=event_id_of(place)))
-        if event_type == 'status':
-            self._deliver(EVERYTHING, event, told=self._readers.get(workspace_id, ()))
-        return event
+    def held(self, name):
+        """Return the batches that the ring of a topic holds."""
+        return self._topics[name].held() if name in self._topics else []
 
-    def begin(self, workspace_id, serial):
-        """Note that a task has begun: from now on the ids of its workspace say how far it was told."""
-        self._cursor(workspace_id).begin(serial)
+    def publish(self, kind, workspace_id, data):
+        """Publish an event of a workspace's own."""
+        timestamp, data, topic = time.time(), self.redact(data), self.topic(workspace_id)
+        topic.cursor.own = self._state.keep_event(workspace_id, kind, timestamp, data)
+        batch = Batch(Event(kind, workspace_id, str(topic.cursor), timestamp, data))
+        topic.put(batch)
+        if kind == 'status':
+            self.topic(EVERYTHING).put(batch)
 
-    def restore(self, workspace_id, begun, serials):
-        """Note how many tasks had begun when this process did; those of `serials` had not ended."""
-        self._cursors[workspace_id] = Cursor(self.boot, 0, begun, marks=dict.fromkeys(serials, NOT_BEGUN))
+    def publish_lines(self, workspace_id, topic, lines):
+        """Publish those lines of a log, (stream, stamp, text), that the cursor of its topic has not seen."""
+        before = topic.cursor.log.copy()
+        lines = topic.cursor.log.advance(lines)
+        if lines:
+            topic.put(Lines(workspace_id, self.redact_lines(lines), topic.cursor, before))
 
-    def cursor(self, workspace_id):
-        """Return where the topic of a workspace is now, without its log."""
-        cursor = self._cursor(workspace_id)
-        return Cursor(self.boot, self.count, cursor.begun, marks=dict(cursor.marks))
-
-    def place(self, workspace_id):
-        """Return where the topic of a workspace is now, as the id of an event."""
-        cursor = self._cursor(workspace_id)
-        cursor.count, cursor.position = self.count, self.positions.get(workspace_id, '')
-        return str(cursor)
+    def publish_steps(self, run, steps):
+        """Publish events of a task, (place, type, data, seconds or None), to its workspace and to its
+        session."""
+        cursor = self.topic(run.workspace_id).cursor
+        now, session = time.time(), self.topic(('session', run.session_id))
+        steps = [(place, kind, self.redact(data), at or now) for place, kind, data, at in steps]
+        shown = functools.cache(lambda: view_steps(run, steps))  # once for both
+        self.topic(run.workspace_id).put(Steps(run, steps, cursor.ids_of(run.serial), shown))
+        session.put(Steps(run, steps, event_id_of, shown))
+        session.forgotten = steps[-1][0][1] == LAST_LINE
+        cursor.tell(run.serial, *steps[-1][0][1:])
+        if session.forgotten:
+            gevent.spawn_later(LINGER, self._let_go, ('session', run.session_id))
 
     def redact(self, value):
         """Return a value with every known secret struck out of its texts."""
@@ -196,71 +246,25 @@ class Events:
             return {self.redact(key): self.redact(item) for key, item in value.items()}
         return [self.redact(item) for item in value] if isinstance(value, list) else value
 
-    def publish_lines(self, workspace_id, lines, position):
-        """Publish lines of a log, (stream, stamp, text), as far as `position` has not seen them.
+    def redact_lines(self, lines):
+        """Return the same of lines of a log."""
+        return [(*line[:-1], self.redact(line[-1])) for line in lines] if self._secrets else lines
 
-        They are kept by the engine, so not in the ring too.
-        """
-        cursor = self._cursor(workspace_id)
-        cursor.count, cursor.position = self.count, position
-        for event in self.log_events(workspace_id, lines, position, cursor.__str__):
-            for reader in self._readers.get(workspace_id, ()):
-                reader.put(event)
-        self.positions[workspace_id] = str(position)
+    def detach(self, name, reader):
+        """Let a reader go, and after a while, in which it may come back, a topic of which nothing has to be
+        known."""
+        topic = self._topics.get(name)
+        if topic is not None:
+            topic.detach(reader)
+            if topic.forgotten and not topic.is_read:
+                gevent.spawn_later(LINGER, self._let_go, name)
 
-    def log_events(self, workspace_id, lines, position, place):
-        """Yield an event for each line that `position` has not seen, and move it on; `place()` gives its
-        id."""
-        for stream, stamp, text in lines:
-            if position.advance(stream, stamp):
-                progress = PROGRESS.match(text)
-                kind, data = ('progress', progress_of(*progress.groups())) if progress else (
-                    'log', {'stream': STREAM_NAMES[stream], 'message': self.redact(text)})
-                yield Event(kind, workspace_id, place(), stamp / 1e9, data, size=200 + len(text))
+    def forget(self, name):
+        """Drop a topic that is no more, as soon as nobody reads it."""
+        self.topic(name).forgotten = True
+        self._let_go(name)
 
-    def recent(self, topic):
-        """Return the events that the ring of a topic holds, oldest first."""
-        return [event for _, event in self.ring(topic).after(-1)]
-
-    def ring(self, topic):
-        """Return the ring of a topic, an empty one if nothing was published."""
-        return self._rings.get(topic) or Ring()
-
-    def attach(self, topic, reader):
-        """Let a subscription have what is published to a topic from now on."""
-        self._readers[topic].add(reader)
-
-    def detach(self, topic, reader):
-        """End that; twice is fine."""
-        readers = self._readers.get(topic)
-        if readers is not None:
-            readers.discard(reader)
-            if not readers:
-                del self._readers[topic]
-
-    def forget(self, topic):
-        """Drop the ring of a topic that is no more."""
-        self._rings.pop(topic, None)
-        self.positions.pop(topic, None)
-        self._cursors.pop(topic, None)
-
-    def _cursor(self, workspace_id):
-        if workspace_id not in self._cursors:
-            self._cursors[workspace_id] = Cursor(self.boot, 0, 0)
-        return self._cursors[workspace_id]
-
-    def _deliver(self, topic, event, told=()):
-        if topic not in self._rings:
-            self._rings[topic] = Ring()
-        self._rings[topic].append(self.count, event)
-        for reader in [reader for reader in self._readers.get(topic, ()) if reader not in told]:
-            reader.put(event)
-
-
-def progress_of(phase, message):
-    """Return the data of the progress event for a word of the entrypoint: `2/3 npm ci`, or something in
-    percent."""
-    found = STEPS.match(message)
-    step, total, percent = found.groups() if found else (None, None, None)
-    return {'phase': phase, 'step': int(step or percent or 0), 'total': int(total or 100) if found else None,
-            'message': message}
+    def _let_go(self, name):
+        topic = self._topics.get(name)
+        if topic is not None and topic.forgotten and not topic.is_read:
+            del self._topics[name]

@@ -1,14 +1,16 @@
-"""What a reader of a workspace or a session is given: what was missed, then what comes."""
-import dataclasses
+"""What a reader of a workspace or a session is given: what was missed, from the archives, and then what
+comes."""
+import contextlib
 import logging
 import time
 
 import gevent
+import gevent.event
 
+from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.errors import DockerError, SessionNotFound, UnreadableLog, WorkspaceNotFound
-from _agentbackend.events import DELETED, Event, Subscription
+from _agentbackend.events import DELETED, EVERYTHING, Batch, Event, Lines, Steps
 from _agentbackend.positions import (
-    BEGINNING,
     LAST_LINE,
     NOT_BEGUN,
     Cursor,
@@ -17,330 +19,328 @@ from _agentbackend.positions import (
     event_id_of,
     place_of,
 )
-from _agentbackend.records import CREATING, ERROR, RUNNING
+from _agentbackend.records import CREATING, ERROR
 from _agentbackend.tasks import INTERRUPTED
+from _agentbackend.timing import cooperatively
 
 log = logging.getLogger('agentbackend')
 
 HEARTBEAT = 15  # seconds
 DEFAULT_TAIL = 100  # lines
-CATCH_UP_ROUNDS = 20  # against a container that prints faster than its log is read, there is no end to it
+READY_TIMEOUT = 0.2  # seconds for which a log is waited for before the first word
 
 
-class CatchUp:
-    """Brings a reader of a workspace up to now, and then attaches it, so that nothing is lost or repeated in
-    between.
+class Feed:
+    """A reader of a topic, which is no more than a position: in its ring, or, when it is behind that, in the
+    archive.
 
-    First comes the current status; then, from a cursor on, all that was missed, or without one the last
-    `tail` lines. Old lines come from the engine, which has them all; the pump has the new ones. What the
-    reader has seen so far is in every id that it is given.
+    `on_wake`, if given, is called when there may be something to take; it must not block.
     """
 
-    def __init__(self, backend, workspace_id, reader, pump, *, cursor=None, tail=DEFAULT_TAIL):
-        self._backend, self._events = backend, backend.events
-        self._workspace_id, self._reader, self._pump, self._tail = workspace_id, reader, pump, tail
-        self._fresh = cursor is None
-        now = self._events.cursor(workspace_id)
-        self._cursor = cursor or now
-        self._cursor.begun = min(self._cursor.begun, now.begun)  # an adopted workspace counts its tasks anew
-        self._count = self._cursor.count if self._cursor.boot == self._events.boot else 0
-        self._position = self._cursor.position.copy() if self._cursor.position else None
+    def __init__(self, backend, name, on_wake=None):
+        self._backend, self.name, self._on_wake = backend, name, on_wake
+        self._topic = backend.events.topic(name)
+        self._topic.attach(self)
+        self._woken = gevent.event.Event()
+        self._index = 0  # in the ring, unless it is behind
+        self.last_id = ''
+        self.behind, self.closed = True, False
+
+    def wake(self):
+        """Let the reader look again."""
+        self._woken.set()
+        if self._on_wake is not None:
+            self._on_wake()
+
+    def take(self):
+        """Return the batches of the ring that the reader has not had; it may turn out to be behind."""
+        found = self._topic.after(self._index)
+        if found is None:
+            self.behind = True
+            return []
+        if found:
+            self._index += len(found)
+            self.last_id = found[-1].last_id
+        return found
+
+    def catch_up(self):
+        """Yield the batches that the archive has, up to where the ring is, where the reader then is too; None
+        is a sign of life."""
+        raise NotImplementedError
 
     def batches(self):
-        """Yield lists of events; an empty one means that there is nothing yet, because the engine is away."""
-        if self._fresh and self._pump.ready.wait(0.2) and (
-                not self._tail or str(self._pump.position) == str(LogPosition())):
-            # No old line tells it, and who comes back with this id must miss nothing.
-            self._position = self._pump.position.copy()
+        """Yield lists of batches until it is closed; an empty one is a sign of life."""
+        while not self.closed:
+            for batch in self.catch_up() if self.behind else ():
+                yield [batch] if batch is not None else []
+                if self.closed:
+                    return
+            self._woken.clear()
+            found = self.take()
+            if not found and not self.behind and not self.closed:
+                self._woken.wait(HEARTBEAT)
+                found = self.take()
+            yield found
+
+    def close(self):
+        """Let the reader go on to its end."""
+        self.closed = True
+        self.wake()
+
+    def release(self):
+        """Give back what it holds."""
+        self.closed = True
+        self._backend.events.detach(self.name, self)
+
+    def _wait(self, seconds):
+        self._woken.clear()
+        self._woken.wait(seconds)
+
+
+class WorkspaceFeed(Feed):
+    """A reader of a workspace. First comes the current status; then, from a cursor on, all that was missed,
+    or without one the last `tail` lines; then what comes."""
+
+    def __init__(self, backend, workspace_id, *, cursor=None, tail=DEFAULT_TAIL, on_wake=None):
+        super().__init__(backend, workspace_id, on_wake)
+        self._pump = backend.logs.watch(workspace_id)
+        self._fresh, self._cursor, self._tail = cursor is None, cursor, tail
+
+    def release(self):
+        """Give back what it holds."""
+        super().release()
+        self._backend.logs.unwatch(self._pump)
+
+    def catch_up(self):
+        """Yield the batches of what the reader's cursor has not, source by source."""
+        if self.last_id:
+            self._cursor = Cursor.parse(self.last_id)
         try:
-            workspace, told = self._backend.state.get(self._workspace_id), []
+            if not self.last_id:
+                yield from self._begin()
+            while self.behind:
+                while not self._backend.tasks.wait_until_published(self.name, timeout=1):
+                    yield None
+                self._backend.state.get(self.name)
+                # From here to the next yield there is no switch: the cursor is where the ring ends.
+                self._index, now = self._topic.end, self._topic.cursor.copy()
+                known = now.log is not None
+                now.log = now.log or self._cursor.log
+                yield from self._missed(now)
+                self._cursor, self.last_id = now, str(now)
+                self.behind = not known  # the ids of the ring say nothing of the log yet
+                if self.behind:
+                    yield None
+                    self._wait(1)
         except WorkspaceNotFound:
-            yield [self._deletion()]
-            return
+            self._backend.events.forget(self.name)
+            yield Batch(Event('status', self.name, str(self._cursor or Cursor()), time.time(), DELETED))
+
+    def _begin(self):
         if self._fresh:
-            self._cursor = self._events.cursor(self._workspace_id)
-            self._count = self._cursor.count
+            self._pump.ready.wait(READY_TIMEOUT)
+        workspace, now = self._backend.state.get(self.name), self._topic.cursor.copy()
+        built = []
+        if self._fresh:
+            # No old line may come that tells where the log is, and who comes back with this id must miss
+            # nothing.
+            now.log = now.log if not self._tail or str(now.log) == str(LogPosition()) else None
+            self._cursor = now
             if workspace.status in (CREATING, ERROR) and self._tail:
-                told = [event for event in self._events.recent(self._workspace_id)
-                        if event.type == 'log'][-self._tail:]
-        yield [status_event(workspace, self._place())]
-        yield told
-        yield from self._until_ready()
-        live = Subscription()
-        for _ in range(CATCH_UP_ROUNDS):
-            lost, waiting = yield from self._round(live)
-            if not lost:
-                break
-        # From the end of the round to here there was no switch between greenlets.
-        self._reader.lost += lost
-        for event in waiting:
-            self._reader.put(event)
-        self._events.attach(self._workspace_id, self._reader)
-        if not waiting and all(item.id != self._workspace_id for item in self._backend.state.all()):
-            self._reader.put(self._deletion())  # it came before there was anything attached
+                _, told = self._backend.state.events(self.name)
+                built = [event for event in told if event[1] <= now.own and event[2] == 'log'][-self._tail:]
+        else:
+            cursor = self._cursor
+            # An adopted workspace counts anew.
+            cursor.begun = min(cursor.begun, now.begun)
+            cursor.own = cursor.own if cursor.own <= now.own else 0
+        yield Batch(status_event(workspace, str(self._cursor)))
+        if built:
+            yield Batch(*(self._own_event(*event, event_id=str(self._cursor)) for event in built))
 
-    def _until_ready(self):
-        while not self._backend.tasks.wait_until_published(self._workspace_id, timeout=1):
-            yield []
-        while not self._pump.ready.wait(1):
-            yield from self._missed()
-            yield []
-
-    def _round(self, live):
-        """Give what was missed up to now, while `live` takes what comes; the two meet where the pump is now.
-        Then give what `live` took.
-
-        Returns (how many `live` lost, what it has then): nothing of either, unless it comes faster than the
-        reader takes it.
-        """
-        barrier = self._pump.position.copy()
-        self._events.attach(self._workspace_id, live)
-        try:
-            yield from self._missed()
-            # For lines after a stamp the engine reads all of a log; often there are none.
-            for lines in self._old_lines() if str(self._position) != str(barrier) else ():
-                if not lines:
-                    yield []
-                    continue
-                if self._position is None:
-                    before = min(stamp for _, stamp, _ in lines) - 1
-                    self._position = LogPosition((before, 0), (before, 0))
-                covered = [line for line in lines if barrier.covers(line[0], line[1])]
-                yield list(self._events.log_events(self._workspace_id, covered, self._position, self._place))
-            self._position = self._position or barrier
-            lost, waiting = live.drain()
-            while waiting and not lost:
-                yield [event for event in waiting if event.place is None
-                       or not self._cursor.has_seen(event.place)]
-                self._move_to(Cursor.parse(waiting[-1].id))
-                lost, waiting = live.drain()
-        finally:
-            self._events.detach(self._workspace_id, live)
-        return lost, waiting
-
-    def _move_to(self, seen):
-        self._count, self._cursor, self._position = seen.count, seen, seen.position or self._position
-
-    def _old_lines(self):
-        """Give what the engine holds from the position on, or the last lines; an empty list while it is
-        away."""
-        while True:
-            self._position = self._position and self._position.copy()  # reading begins again
-            try:
-                tail = self._tail if self._position is None else None
-                yield from self._backend.logs.read(self._workspace_id, position=self._position, tail=tail)
-                return
-            except UnreadableLog as error:
-                log.debug('A reader of %s goes on behind what is damaged: %s', self._workspace_id, error)
-                return
-            except DockerError as error:
-                log.debug('A reader of %s waits for the engine: %s', self._workspace_id, error)
-            yield []
-            gevent.sleep(1)
-
-    def _missed(self):
-        """Give what was published since the reader's cursor; of a task that was told of before, only what
-        came after."""
-        ring, now = self._events.ring(self._workspace_id), self._events.cursor(self._workspace_id)
-        held, lost = ring.after(self._count), ring.lost_after(self._count)
-        if ring.end_of_dropped > self._count or (self._count == 0 and not self._fresh):
-            yield from self._missed_of_tasks()
-        batch = [dropped_event(self._workspace_id, lost, self._place())] if lost else []
-        for number, event in held:
-            self._count = number
-            if event.place is not None:
-                if self._cursor.has_seen(event.place):
-                    continue
-                self._cursor.tell(event.place)
-            batch.append(self._told(event))
-        self._cursor.begin(now.begun)  # nothing was told yet of a task that has only just begun
-        yield batch
-
-    def _missed_of_tasks(self):
-        """Give what the ring has no more of tasks, or an earlier process published: the files of their runs
-        have all of it.
-
-        A task that began after what the reader has seen is told from its beginning; one that was not told to
-        its end has a mark.
-        """
+    def _missed(self, now):
         cursor = self._cursor
-        begun = self._backend.state.runs_begun(self._workspace_id, min([cursor.begun + 1, *cursor.marks]))
-        missed = [run for run in begun if run.serial > cursor.begun or run.serial in cursor.marks]
+        lost, told = self._backend.state.events(self.name, after=cursor.own)
+        if lost:
+            yield Batch(dropped_event(self.name, lost, str(cursor)))
+        told = [event for event in told if event[1] <= now.own]
+        for event in told:
+            cursor.own = event[1]
+            yield Batch(self._own_event(*event, event_id=str(cursor)))
+        cursor.own = now.own
+        if (cursor.begun, cursor.marks) != (now.begun, now.marks):
+            yield from self._missed_of_tasks(cursor, now)
+        if str(cursor.log) != str(now.log):
+            yield from self._missed_lines(cursor, now.log)
+
+    @staticmethod
+    def _own_event(workspace_id, _, kind, timestamp, data, *, event_id):
+        return Event(kind, workspace_id, event_id, timestamp, data)
+
+    def _missed_of_tasks(self, cursor, now):
+        """Yield what tasks have written. One that began after what the reader has seen is told from its
+        beginning; one that was not told to its end has a mark."""
+        begun = self._backend.state.runs_begun(self.name, min([cursor.begun + 1, *cursor.marks]))
+        missed = [run for run in begun if (run.serial > cursor.begun or run.serial in cursor.marks)
+                  and run.serial <= now.begun]
         # The others were deleted.
         cursor.marks = {run.serial: cursor.marks[run.serial] for run in missed if run.serial in cursor.marks}
         for run in missed:
             after = (run.number, *cursor.marks.get(run.serial, NOT_BEGUN))
-            for told in replay_with_retry(self._backend, run.session_id, after, run):
-                batch = []
-                for place, event in told:
-                    cursor.tell((run.serial, *place[1:]))
-                    batch.append(self._told(event))
-                yield batch
+            upto = (run.number, *now.marks.get(run.serial, (LAST_LINE, 0)))
+            cursor.begin(run.serial)
+            for _, steps in replay(self._backend, run.session_id, after, upto, run):
+                if steps:
+                    yield Steps(run, steps, cursor.ids_of(run.serial))
+                    cursor.tell(run.serial, *steps[-1][0][1:])
+                else:
+                    yield None
 
-    def _told(self, event):
-        """Return an event with the id that it has for this reader."""
-        return dataclasses.replace(event, id=self._place(), json=None)
+    def _missed_lines(self, cursor, end):
+        """Yield the log from the cursor on, or its last lines, up to a position: from the ring if that goes
+        back so far, else from the engine."""
+        redact = self._backend.events.redact_lines
+        held = [batch for batch in self._topic.held() if isinstance(batch, Lines)]
+        if held and cursor.log is not None and held[0].before.is_before(cursor.log):
+            lines = [line[1:] for batch in held for line in batch.lines if end.covers(*line[1:3])]
+            cursor.log = cursor.log.copy()
+            lines = cursor.log.advance(lines)
+            if lines:
+                yield Lines(self.name, lines, cursor)
+            return
+        while True:
+            position = cursor.log = cursor.log and cursor.log.copy()  # reading begins again
+            try:
+                for lines in self._backend.logs.read(self.name, position=position,
+                                                     tail=self._tail if position is None else None):
+                    if position is None and lines:
+                        first = min(parse_stamp(stamp) for _, stamp, _ in lines)
+                        position = cursor.log = LogPosition.at(first - 1)
+                    covered = [line for line in lines if end.covers(*line[:2])]
+                    batch = position.advance(covered) if covered else ()
+                    yield Lines(self.name, redact(batch), cursor) if batch else None
+                    if lines and end.ends_before(lines[0][1]):
+                        return
+                return
+            except UnreadableLog as error:
+                log.debug('A reader of %s goes on behind what is damaged: %s', self.name, error)
+                return
+            except DockerError as error:
+                log.debug('A reader of %s waits for the engine: %s', self.name, error)
+            yield None
+            gevent.sleep(1)
 
-    def _deletion(self):
-        return Event('status', self._workspace_id, self._place(), time.time(), DELETED)
 
-    def _place(self):
-        return str(Cursor(self._events.boot, self._count, self._cursor.begun, self._position,
-                          self._cursor.marks))
+class SessionFeed(Feed):
+    """A reader of a session, which may be yet to come, after a place in it; with `task`, (session, run), to
+    the end of that."""
+
+    def __init__(self, backend, session_id, *, after, task=None):
+        super().__init__(backend, ('session', session_id))
+        self._session_id, self._task, self.last_id = session_id, task, event_id_of(after)
+
+    def catch_up(self):
+        """Yield the batches of what the runs have written since the reader's place."""
+        while not self._backend.tasks.wait_until_published(self._session_id, timeout=1):
+            yield None
+        tasks = self._backend.tasks
+        # From here to the next yield there is no switch: what was told is what is behind the ring's end.
+        self._index, upto = self._topic.end, tasks.told(self._session_id)
+        after = tasks.place_in(self._session_id, place_of(self.last_id))
+        for run, steps in replay(self._backend, self._session_id, after, upto):
+            self.last_id = event_id_of(steps[-1][0]) if steps else self.last_id
+            yield Steps(run, steps, event_id_of) if steps else None
+        self.behind = False
+        yield None
+
+    def batches(self):
+        """Yield lists of batches, up to the end of the task if one is given; a task whose session was deleted
+        meanwhile is given an end."""
+        if self._task is None:
+            yield from super().batches()
+            return
+        session, run = self._task
+        end = event_id_of((run.number, LAST_LINE, 0))
+        for found in super().batches():
+            if not found and not self._backend.tasks.knows(session):
+                said = {'runId': run.id, 'code': INTERRUPTED.code, 'message': INTERRUPTED.message}
+                found = [Batch(Event('error', session.workspace_id, end, time.time(), said, session.id))]
+            ids = [batch.last_id for batch in found]
+            if end in ids:
+                yield found[:ids.index(end) + 1]
+                return
+            yield found
 
 
-def status_event(workspace, place):
-    """Return the event that tells a new reader the status of a workspace."""
-    data = {'status': workspace.status, 'name': workspace.name}
-    if workspace.error:
-        data['error'] = workspace.error
-    return Event('status', workspace.id, place, time.time(), data)
+class EverythingFeed(Feed):
+    """A reader of the status of each workspace: first what it is, then what it becomes."""
+
+    def __init__(self, backend, on_wake):
+        super().__init__(backend, EVERYTHING, on_wake)
+
+    def catch_up(self):
+        """Yield the status of each workspace."""
+        self._index = self._topic.end
+        for workspace in self._backend.state.all():
+            with contextlib.suppress(WorkspaceNotFound):  # deleted meanwhile
+                yield Batch(status_event(self._backend.state.get(workspace.id), str(self._topic.cursor)))
+        self.behind = False
 
 
-def dropped_event(workspace_id, lost, place):
-    """Return the event that tells a slow reader how much it has missed."""
-    return Event('error', workspace_id, place, time.time(),
-                 {'code': 'EVENTS_DROPPED', 'count': lost,
-                  'message': f'{lost} events were dropped, because this reader is slower than they came.'})
-
-
-def is_end(batch):
-    """Tell whether events hold the last one of a workspace; what an agent says is not meant."""
-    return any(event.type == 'status' and event.data.get('deleted') for event in batch)
-
-
-def workspace_events(backend, workspace_id, *, cursor, tail, watch_disconnect):
-    """Yield lists of events of a workspace for ever, an empty one as a sign of life; ends with the workspace
-    or the reader.
+@contextlib.contextmanager
+def opened(backend, feed, watch_disconnect):
+    """Give the Feed that `feed()` makes for the length of a block, and count it among the streams.
 
     `watch_disconnect(callback)` gives an object that calls back when the client leaves, and that is closed in
     the end.
     """
-    reader, place = Subscription(), ''
-    watch = watch_disconnect(reader.close)
+    feed = feed()
+    watch = watch_disconnect(feed.close)
     try:
-        with backend.streams.opened(reader), backend.logs.watched(workspace_id) as pump:
-            for batch in CatchUp(backend, workspace_id, reader, pump, cursor=cursor, tail=tail).batches():
-                if reader.closed:
-                    return
-                place = batch[-1].id if batch else place
-                yield batch
-                if is_end(batch):
-                    return
-            while True:
-                lost, batch = reader.take(HEARTBEAT)
-                if lost:
-                    yield [dropped_event(workspace_id, lost, place)]
-                if reader.closed:
-                    return
-                place = batch[-1].id if batch else place
-                yield batch
-                if is_end(batch):
-                    return
+        with backend.streams.opened(feed):
+            yield feed
     finally:
         watch.close()
-        backend.events.detach(workspace_id, reader)
+        feed.release()
 
 
-def session_events(backend, session_id, *, after, watch_disconnect, task=None):
-    """Yield lists of events of a session for ever, or to the end of `task` (session, run); an empty one as a
-    sign of life.
-
-    The session may be yet to come. What this process did not see, or a slow reader missed, comes from the
-    files of the runs.
-    """
-    reader = Subscription()
-    watch = watch_disconnect(reader.close)
-    try:
-        with backend.streams.opened(reader):
-            while not backend.tasks.wait_until_published(session_id, timeout=1):
-                yield []
-                if reader.closed:
-                    return
-            batches = session_batches(backend, session_id, reader, after)
-            yield from ([event for _, event in batch]
-                        for batch in (up_to_the_end(backend, batches, *task) if task else batches))
-    finally:
-        watch.close()
-        backend.events.detach(session_id, reader)
+def status_event(workspace, event_id):
+    """Return the event that tells a new reader the status of a workspace."""
+    data = {'status': workspace.status, 'name': workspace.name} | ({'error': workspace.error}
+                                                                   if workspace.error else {})
+    return Event('status', workspace.id, event_id, time.time(), data)
 
 
-def session_batches(backend, session_id, reader, after):
-    """Yield lists of (place, event) of a session after a place, until the reader is closed."""
-    after, lost = backend.tasks.place_in(session_id, after), True
-    while not reader.closed:
-        if lost:
-            reader.drain()
-            backend.events.attach(session_id, reader)
-            for batch in replay_since(backend, session_id, after):
-                if reader.closed:
-                    return
-                after = batch[-1][0] if batch else after
-                yield batch
-        lost, waiting = reader.take(HEARTBEAT)
-        # A workspace's id in the place of a session's gives that one's events, which have other ids.
-        batch = [(place_of(event.id), event) for event in waiting
-                 if event.session_id == session_id] if not lost else []
-        if batch and batch[0][0] == (1, 0, 0) and after >= (1, LAST_LINE, 0):
-            after = BEGINNING  # a session that was deleted begins anew
-        batch = [(place, event) for place, event in batch if place > after]
-        after = batch[-1][0] if batch else after
-        yield batch
+def dropped_event(workspace_id, lost, event_id):
+    """Return the event that tells a reader how much of what a workspace told is kept nowhere any more."""
+    return Event('error', workspace_id, event_id, time.time(),
+                 {'code': 'EVENTS_DROPPED', 'count': lost,
+                  'message': f'{lost} events were dropped, because they came too long ago.'})
 
 
-def up_to_the_end(backend, batches, session, run):
-    """Yield lists of (place, event) as they come, up to the last event of a run; one whose session was
-    deleted meanwhile is given an end."""
-    end = (run.number, LAST_LINE, 0)
-    for batch in batches:
-        if not batch and not backend.tasks.knows(session):
-            yield [(end, Event('error', session.workspace_id, event_id_of(end), time.time(),
-                               {'runId': run.id, 'code': INTERRUPTED.code, 'message': INTERRUPTED.message},
-                               session.id))]
-            return
-        batch = [(place, event) for place, event in batch if place <= end]
-        yield batch
-        if batch and batch[-1][0] == end:
-            return
-
-
-def replay_since(backend, session_id, after):
-    """Yield lists of (place, event) of what has been published of a session after a place: from the ring if
-    that goes back far enough."""
-    held = [(place_of(event.id), event) for event in backend.events.recent(session_id)
-            if event.session_id == session_id]
-    if held and comes_next(held[0][0], after):
-        yield [(place, event) for place, event in held if place > after]
-    else:
-        yield from replay_with_retry(backend, session_id, after)
-
-
-def replay_with_retry(backend, session_id, after, run=None):
-    """Yield the same from the files of the runs, or of one run, also when the engine goes away; then empty
-    lists until it is back."""
-    while True:
+def replay(backend, session_id, after, upto, run=None):
+    """Yield (run, events) of a session behind a place, up to another one, of one run or of all: from its ring
+    if that goes back so far, else from what they have written. Nothing of a session that there is not, and no
+    events while the engine is away."""
+    while after < upto:
         try:
-            for batch in replay_once(backend, session_id, after, run):
-                after = batch[-1][0] if batch else after
-                yield batch
+            session = backend.state.session(session_id)
+            # There may be some of an earlier session of that id.
+            held = [batch for batch in backend.events.held(('session', session_id))
+                    if batch.run.started_at >= session.created_at]
+            if held and comes_next(held[0].steps[0][0], after):
+                found = [(batch.run, [step for step in batch.steps if after < step[0] <= upto])
+                         for batch in held]
+                upto = min(upto, held[-1].steps[-1][0])
+            else:
+                found = backend.tasks.replay(session, after, upto, [run] if run is not None else None)
+            for of, steps in cooperatively(found):
+                after = steps[-1][0] if steps else after
+                yield of, steps
+            return
+        except SessionNotFound:
             return
         except DockerError as error:
             log.debug('A reader of session %s waits for the engine: %s', session_id, error)
-        yield []
+        yield run, []
         gevent.sleep(1)
-
-
-def replay_once(backend, session_id, after, run=None):
-    """Yield the same as long as the engine answers; an empty list of a session that there is not."""
-    try:
-        session = backend.state.session(session_id)
-    except SessionNotFound:
-        yield []
-        return
-    barrier = backend.tasks.published.get(session_id, BEGINNING)
-    running = session.last.number if session.last.state == RUNNING else None
-    for batch in backend.tasks.replay(session, after, [run] if run is not None else None):
-        published = [(place, event) for place, event in batch if place[0] != running or place <= barrier]
-        yield published
-        if len(published) < len(batch):
-            return

@@ -6,9 +6,9 @@ import time
 import gevent
 import gevent.event
 
-from _agentbackend.engine import LOG_MARGIN
+from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.errors import ConflictOnEngine, EngineUnavailable, MissingOnEngine, UnreadableLog
-from _agentbackend.positions import LogPosition
+from _agentbackend.positions import MARGIN, LogPosition
 
 log = logging.getLogger('agentbackend')
 
@@ -21,9 +21,10 @@ LOG_POLL = 5  # seconds between looks at a container that does not run, if nobod
 class Pump:
     """One stream that follows the container of a workspace for all its readers."""
 
-    def __init__(self, workspace_id):
-        self.workspace_id = workspace_id
-        self.position = None  # how far it has published; None until the container was seen
+    def __init__(self, workspace_id, topic):
+        self.workspace_id, self.topic = workspace_id, topic
+        self.position = None  # how far it has read; None until the container was seen
+        # It has come to the end of what there was: from here on its topic has all that is printed.
         self.ready = gevent.event.Event()
         self.changed = gevent.event.Event()
         self.readers = 0
@@ -43,20 +44,11 @@ class Logs:
         self._engine = engine
         self._pumps = {}
 
-    @contextlib.contextmanager
-    def watched(self, workspace_id):
-        """Keep the pump of a workspace going for the length of a block, and give it."""
-        pump = self.watch(workspace_id)
-        try:
-            yield pump
-        finally:
-            self.unwatch(pump)
-
     def watch(self, workspace_id):
         """Keep the pump of a workspace going until `unwatch`, and return it."""
         pump = self._pumps.get(workspace_id)
         if pump is None:
-            pump = self._pumps[workspace_id] = Pump(workspace_id)
+            pump = self._pumps[workspace_id] = Pump(workspace_id, self._events.topic(workspace_id))
             pump.greenlet = gevent.spawn(self._run, pump)
         pump.readers += 1
         return pump
@@ -90,7 +82,8 @@ class Logs:
     def _drop(self, pump):
         if not pump.readers and self._pumps.get(pump.workspace_id) is pump:
             del self._pumps[pump.workspace_id]
-            self._events.positions.pop(pump.workspace_id, None)
+            pump.topic.cursor.log = None
+            pump.topic.begin_anew()
             pump.greenlet.kill(block=False)
 
     def _run(self, pump):
@@ -128,13 +121,24 @@ class Logs:
 
     def _publish(self, pump, container):
         pump.position = pump.position.copy()
+        if pump.ready.is_set():
+            pump.topic.cursor.log = pump.position
         tail = 0 if pump.damaged == container.id else None
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):  # a conflict: it is being removed
-            since = pump.position.since()
-            for lines in self._engine.log_lines(container, since=since, tail=tail, follow=True):
-                self._events.publish_lines(pump.workspace_id, lines, pump.position)
-                if pump.target is not None and pump.position.covers(*pump.target):
-                    pump.ready.set()
+            for lines in self._engine.log_lines(container, since=pump.position.since(), tail=tail,
+                                                follow=True):
+                if pump.ready.is_set():
+                    self._events.publish_lines(pump.workspace_id, pump.topic, lines)
+                    pump.topic.breathe()
+                elif pump.position.advance(lines) and pump.position.covers(*pump.target):
+                    self._begin_to_publish(pump)
+
+    def _begin_to_publish(self, pump):
+        """From now on, what comes goes into the ring; what came before is in the archive."""
+        if not pump.ready.is_set():
+            pump.topic.cursor.log = pump.position
+            pump.ready.set()
+            pump.topic.begin_anew()
 
     def _go_on_behind(self, pump, container, error):
         """Leave out what is damaged: after a power failure or on a full disk, an engine has written what it
@@ -144,9 +148,8 @@ class Logs:
             self._events.publish('error', pump.workspace_id,
                                  {'code': error.code, 'message': f'Lines are missing here. {error}'})
         pump.damaged = container.id
-        now = time.time_ns()
-        pump.position = pump.position or LogPosition((now, 0), (now, 0))
-        pump.ready.set()
+        pump.position = pump.position or LogPosition.at(time.time_ns())
+        self._begin_to_publish(pump)
         gevent.sleep(1)
 
     def _begin(self, pump, container):
@@ -156,11 +159,9 @@ class Logs:
         """
         lines = [line for batch in self._engine.log_lines(container, tail=1)
                  for line in batch] if container and container.started else []
-        start = lines[-1][1] - LOG_MARGIN if lines else 0
-        pump.position = LogPosition((start, 0), (start, 0))
-        self._events.positions[pump.workspace_id] = str(pump.position)
         if lines:
-            pump.target = lines[-1][:2]
-            gevent.spawn_later(READY_TIMEOUT, pump.ready.set)
+            pump.position, pump.target = LogPosition.at(parse_stamp(lines[-1][1]) - MARGIN), lines[-1][:2]
+            gevent.spawn_later(READY_TIMEOUT, self._begin_to_publish, pump)
         else:
-            pump.ready.set()
+            pump.position = LogPosition()
+            self._begin_to_publish(pump)

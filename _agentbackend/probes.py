@@ -9,6 +9,7 @@ import time
 
 import gevent
 
+from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.engine import CODE_SERVER_PORT, SSH_PORT
 from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
 from _agentbackend.timing import parse_time
@@ -118,7 +119,7 @@ class Probes:
             for lines in self._engine.log_lines(container, since=max(begun, start.stamp + 1)):
                 for _, stamp, text in lines:
                     start.take(text)
-                    start.stamp = max(start.stamp, stamp)
+                    start.stamp = max(start.stamp, parse_stamp(stamp))
 
     def usage(self, workspace_id):
         """Return the last measurement of a workspace, {cpu_percent, memory, memory_limit}, or None; never

@@ -46,6 +46,9 @@ RETRY_PAUSE = 1  # seconds until a write that failed is tried again
 CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
 JSON_VERSION = 1  # of the file that earlier versions kept
 RENAMED = {'born': 'ever_ran'}  # fields that it has under another name
+EVENTS_KEPT = 1000  # of each workspace's own
+# By which the numbers of events go on at a start: what was told at the last may not have been written.
+EVENTS_GAP = 1000
 
 
 class State:
@@ -69,6 +72,9 @@ class State:
         self._workspaces = {}
         self._sessions = {}
         self._open_runs = {}  # (session id, number) -> Run: at work, unswept, or not in the file yet
+        # Workspace id -> {number: [workspace id, number, type, seconds, data]} of its own last events.
+        self._events = {}
+        self._told = {}  # workspace id -> number of its last event
         self._dirty = {}  # (kind, *key) -> whether the record is to be dropped; in the order of the changes
         self._version = self._saved = 0
         self._changed = gevent.event.Event()
@@ -223,7 +229,39 @@ class State:
             self._workspaces.pop(workspace_id, None)
             self._drop_sessions({key for key, item in self._sessions.items()
                                  if item.workspace_id == workspace_id})
+            self._told.pop(workspace_id, None)
+            for number in self._events.pop(workspace_id, ()):
+                self._dirty.pop(('event', workspace_id, number), None)
             self._touch('workspace', workspace_id, drop=True)
+
+    def keep_event(self, workspace_id, kind, timestamp, data):
+        """Keep an event of a workspace's own as one of its last, and return its number. It does not wait for
+        the file."""
+        with self._lock:
+            number = self._told.get(workspace_id, 0) + 1
+            if workspace_id in self._workspaces:
+                self._told[workspace_id] = number
+                events = self._events.setdefault(workspace_id, {})
+                events[number] = [workspace_id, number, kind, timestamp, data]
+                self._touch('event', workspace_id, number)
+                if len(events) > EVENTS_KEPT:
+                    first = next(iter(events))
+                    del events[first]
+                    self._touch('event', workspace_id, first, drop=True)
+        return number
+
+    def told(self, workspace_id):
+        """Return the number of the last event of a workspace's own."""
+        return self._told.get(workspace_id, 0)
+
+    def events(self, workspace_id, *, after=0):
+        """Return (how many events behind a number are kept no more, those that are: [..., number, type,
+        seconds, data])."""
+        with self._lock:
+            kept = list(self._events.get(workspace_id, {}).values())
+        found = [event for event in kept if event[1] > after]
+        lost = found[0][1] - after - 1 if found and len(found) == len(kept) == EVENTS_KEPT else 0
+        return lost, found
 
     def session(self, session_id):
         """Return a session; raise SessionNotFound."""
@@ -462,6 +500,12 @@ class State:
             self._workspaces, self._sessions, self.id = workspaces, kept, meta.get('id', self.id)
             self._open_runs = {(run.session_id, run.number): run for run in runs
                                if run.session_id in kept and (run.state == RUNNING or run.unswept)}
+            self._events = {}
+            for event in content['events']:
+                workspace_id, number, *_ = event
+                if workspace_id in workspaces:
+                    self._events.setdefault(workspace_id, {})[number] = event
+            self._told = {key: max(self._events.get(key, [0])) + EVENTS_GAP for key in workspaces}
             self._touch('meta', 'id')
         if boot == boot_id():
             self._offset = offset
@@ -580,7 +624,8 @@ class State:
         rows, refused = [], ''
         for (kind, *key), drop in dirty.items():
             try:
-                values = None if drop else self._values(kind, key)
+                values = None if drop or (kind == 'event' and key[1] not in self._events.get(key[0], ())) \
+                    else self._values(kind, key)
             except Exception as error:
                 refused = f'{kind} {key[0]}: {error!r}'
                 log.exception('The record of %s %s can not be written.', kind, key)
@@ -593,6 +638,8 @@ class State:
             return json.dumps(self.id),
         if kind == 'workspace':
             return encode_record(self._workspaces[key[0]]),
+        if kind == 'event':
+            return json.dumps(self._events[key[0]][key[1]]),
         if kind == 'session':
             return encode_record(self._sessions[key[0]], without='last'),
         run = self._open_runs[tuple(key)]

@@ -19,11 +19,18 @@ CREATE INDEX runs_of_workspace ON runs (workspace_id, serial);
 CREATE INDEX runs_by_end ON runs (ended_at);
 CREATE INDEX runs_open ON runs (open) WHERE open;
 """
+# What workspaces told of themselves. It came later; a version that knows nothing of it leaves it alone.
+EVENTS = """
+CREATE TABLE IF NOT EXISTS events (workspace_id TEXT, number INTEGER, record TEXT NOT NULL,
+    PRIMARY KEY (workspace_id, number)) WITHOUT ROWID;
+"""
 PUT = {'meta': 'INSERT OR REPLACE INTO meta VALUES (?, ?)',
        'workspace': 'INSERT OR REPLACE INTO workspaces VALUES (?, ?)',
        'session': 'INSERT OR REPLACE INTO sessions VALUES (?, ?)',
-       'run': 'INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)'}
-DROP = {'workspace': ('DELETE FROM workspaces WHERE id = ?',),
+       'run': 'INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)',
+       'event': 'INSERT OR REPLACE INTO events VALUES (?, ?, ?)'}
+DROP = {'workspace': ('DELETE FROM workspaces WHERE id = ?', 'DELETE FROM events WHERE workspace_id = ?'),
+        'event': ('DELETE FROM events WHERE workspace_id = ? AND number = ?',),
         'run': ('DELETE FROM runs WHERE session_id = ? AND number = ?',),
         'session': ('DELETE FROM sessions WHERE id = ?', 'DELETE FROM runs WHERE session_id = ?')}
 # A session is loaded with its last run; runs that are open are at work, or have processes that are still to
@@ -65,8 +72,8 @@ class Store:
         self._connection = None
 
     def open(self):
-        """Open the file and return its content as {'meta': {key: value}, 'workspaces', 'sessions', 'runs':
-        records}; a new one is empty.
+        """Open the file and return its content as {'meta': {key: value}, 'workspaces', 'sessions', 'runs',
+        'events': records}; a new one is empty.
 
         Raises NewerFile, which leaves the file as it is, DamagedFile, and OSError when the folder cannot be
         used.
@@ -122,10 +129,12 @@ class Store:
             if not version:
                 self._connection.executescript(f'BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT')
             meta = dict(self._connection.execute('SELECT key, value FROM meta'))
+            self._connection.executescript(EVENTS)
             content = {'meta': {key: json.loads(value) for key, value in meta.items()}} | {
                 'workspaces': self._records('SELECT record FROM workspaces'),
                 'sessions': self._records('SELECT record FROM sessions'),
-                'runs': self._records(LOADED)}
+                'runs': self._records(LOADED),
+                'events': self._records('SELECT record FROM events ORDER BY workspace_id, number')}
             # Only now: what is damaged stays as it is.
             for pragma in ('journal_mode = WAL', 'synchronous = FULL'):
                 self._connection.execute(f'PRAGMA {pragma}')

@@ -7,6 +7,7 @@ import time
 
 import gevent
 import gevent.event
+import gevent.lock
 
 from _agentbackend.agents import configured_agents
 from _agentbackend.engine import USER
@@ -21,8 +22,7 @@ from _agentbackend.errors import (
     quoted,
     refusal,
 )
-from _agentbackend.events import Event
-from _agentbackend.positions import BEGINNING, LAST_LINE, event_id_of
+from _agentbackend.positions import BEGINNING, LAST_LINE, NOT_BEGUN
 from _agentbackend.records import CANCELLED, COMPLETED, FAILED, RUNNING, Run, Session, title_of
 from _agentbackend.runs import STAMPED, Runs
 from _agentbackend.timing import boot_id, cooperatively
@@ -40,6 +40,7 @@ WATCH_PAUSE = 0.25  # seconds
 SERVER_STALL = 1  # seconds by which a pause of this process has to be too long to count as standing still
 ACTIVITY_PAUSE = 10  # seconds between notes that a running task keeps its workspace alive
 TIDY_PAUSE = 60  # seconds
+MAX_HELD = 2 * 2**20  # bytes of an ended run that are held after they were read
 MAX_WORDS = 2000  # characters of an agent's last words that an error quotes
 INTERRUPTED = Outcome(False, 'AGENT_INTERRUPTED', 'The workspace was stopped or deleted while the task ran.')
 
@@ -57,6 +58,7 @@ class Follower:
         self.caught_up = gevent.event.Event()
         if fresh:
             self.caught_up.set()
+        self.told = NOT_BEGUN  # (line, number) of the last event that was published
         self.attached = False  # it is read where it is written
         self.heard_at = time.monotonic()
         self.said = ''  # the last of its words
@@ -106,7 +108,7 @@ class Tasks:
         self._followers = {}  # session id -> Follower
         self._launching = set()  # ids of runs that are being begun by this process
         self._tidying = None
-        self.published = {}  # session id -> place of the last event that this process has published
+        self._reading, self._held = gevent.lock.BoundedSemaphore(1), (None, [])  # the ended run read last
         self.resumed = gevent.event.Event()  # set when the runs of an earlier process have been taken up
 
     # Verbs
@@ -130,7 +132,7 @@ class Tasks:
         try:
             session = self._state.begin_run(session, run, limit=self._config.agent_max_tasks)
             # No event may come in between: its id would tell that the run was over before it.
-            self._events.begin(workspace.id, session.last.serial)
+            self._events.topic(workspace.id).cursor.begin(session.last.serial)
             self._launch(workspace, container, session, agent, body)
             return session, session.last
         finally:
@@ -153,8 +155,6 @@ class Tasks:
         if session.last.state != RUNNING:
             self._runs.delete(session.workspace_id, [run.id for run in self._state.runs(session_id)])
         self._state.remove_session(session_id)
-        self._events.forget(session_id)
-        self.published.pop(session_id, None)
 
     def tidy(self, now):
         """Forget ended runs beyond KEEP_RUNS and KEEP_RUNS_FOR, with what they wrote; those of a stopped
@@ -174,7 +174,8 @@ class Tasks:
         for run in self._state.open_runs():
             running[run.workspace_id] += [run.serial] if run.state == RUNNING else []
         for workspace in self._state.all():
-            self._events.restore(workspace.id, workspace.runs_begun, running[workspace.id])
+            cursor = self._events.topic(workspace.id).cursor
+            cursor.begun, cursor.marks = workspace.runs_begun, dict.fromkeys(running[workspace.id], NOT_BEGUN)
         self._tidying = gevent.spawn(self._tidy_for_ever)
 
     def resume(self):
@@ -209,13 +210,25 @@ class Tasks:
         return {name: agent.lacks or self._refused.get(name, '') for name, agent in self._agents.items()}
 
     def wait_until_published(self, topic, *, timeout):
-        """Return whether what earlier processes may have told of a workspace or session is published here,
-        after a while."""
+        """Return whether it is known, after a while, how far earlier processes have told the tasks of a
+        workspace or session."""
         if not self.resumed.wait(timeout):
             return False
         behind = [item.caught_up for item in self._followers.values()
                   if topic in (item.session.id, item.session.workspace_id)]
         return len(gevent.wait(behind, timeout)) == len(behind)
+
+    def told(self, session_id):
+        """Return the place up to which the events of a session have been published."""
+        try:
+            session = self._state.session(session_id)
+        except SessionNotFound:
+            return BEGINNING
+        follower, run = self._followers.get(session_id), session.last
+        if follower is not None and follower.run.id == run.id:
+            return (run.number, *follower.told)
+        is_begun = run.state != RUNNING and run.id not in self._launching
+        return (run.number, LAST_LINE, 0) if is_begun else (run.number, *NOT_BEGUN)
 
     def place_in(self, session_id, after):
         """Return a place from which to tell a session on; one beyond its runs is of another session that had
@@ -231,18 +244,20 @@ class Tasks:
             return self._state.session(session.id).created_at == session.created_at
         return False
 
-    def replay(self, session, after=BEGINNING, runs=None):
-        """Yield lists of (place, event) of a session after a place, from what its runs, or some of them, have
-        written.
-
-        Some are empty. Raises DockerError.
-        """
+    def replay(self, session, after, upto, runs=None):
+        """Yield (run, events) of a session behind a place, up to another one, from what its runs, or some of
+        them, have written: lists of (place, type, data, seconds), of which some are empty. Raises
+        DockerError."""
         for run in self._state.runs(session.id, after=after[0] - 1) if runs is None else runs:
-            if (run.number, LAST_LINE, 0) <= after:
+            if not after < (run.number, LAST_LINE, 0) or (run.number, 0, 0) > upto:
                 continue
             skip = after[1] - 1 if after[0] == run.number else 0
-            for batch in cooperatively(self._replay_run(session, run, skip=skip)):
-                yield [(item[0], self._event(session, run, *item)) for item in batch if item[0] > after]
+            for steps in cooperatively(self._written(session, run, skip=skip)):
+                found = [(place, kind, self._events.redact(data), at or run.ended_at or run.started_at)
+                         for place, kind, data, at in steps if after < place <= upto]
+                yield run, found
+                if steps and steps[-1][0] > upto:
+                    return
 
     # Beginning
 
@@ -404,6 +419,16 @@ class Tasks:
         reader.stamped = form == STAMPED
         return pieces
 
+    def _written(self, session, run, *, skip):
+        """Return lists of the events of a run, of which some at the beginning may be left out. One that ended
+        is read once for all who ask meanwhile: who is cut off comes back at once, and asks again."""
+        if run.state == RUNNING or run.length is None or run.length > MAX_HELD:
+            return self._replay_run(session, run, skip=skip)
+        with self._reading:
+            if self._held[0] != run.id:
+                self._held = run.id, list(cooperatively(self._replay_run(session, run, skip=0)))
+            return self._held[1]
+
     def _replay_run(self, session, run, *, skip):
         """Yield lists of (place, type, data, time or None) of a run; those of `skip` lines at its beginning
         may be left out."""
@@ -415,17 +440,14 @@ class Tasks:
             yield reader.take(b'', ended=True)
             yield [((run.number, LAST_LINE, 0), run.end['type'], run.end['data'], run.ended_at)]
 
-    def _event(self, session, run, place, kind, data, stamp):
-        return Event(kind, session.workspace_id, event_id_of(place), stamp or run.ended_at or run.started_at,
-                     self._events.redact(data), session.id)
-
-    def _publish(self, follower, events):
-        for place, kind, data, stamp in cooperatively(events):
-            self._events.publish(kind, follower.run.workspace_id, data, run=follower.run, place=place,
-                                 timestamp=stamp)
-            self.published[follower.session.id] = place
-            if place[1]:  # the first one is ours
-                follower.said = data.get('message') or follower.said
+    def _publish(self, follower, steps):
+        if not steps:
+            return
+        self._events.publish_steps(follower.run, steps)
+        follower.told = steps[-1][0][1:]
+        said = [data['message'] for place, _, data, _ in steps if place[1] and data.get('message')]
+        follower.said = said[-1] if said else follower.said  # the first event is ours
+        self._events.topic(follower.run.workspace_id).breathe()
 
     # Ending
 
@@ -438,10 +460,10 @@ class Tasks:
         swept = (outcome.ok and not run.stop) or self._sweep(run, keeper=True)
         kind, data = self._last_event(session, run, outcome)
         self._write_end(session, run, outcome, {'type': kind, 'data': data}, follower, swept)
-        self._events.publish(kind, session.workspace_id, data, run=run, place=(run.number, LAST_LINE, 0),
-                             timestamp=self._latest(run).ended_at)
-        self.published[session.id] = (run.number, LAST_LINE, 0)
-        self._events.forget(session.id)  # it is told from its files
+        place = (run.number, LAST_LINE, 0)
+        self._events.publish_steps(run, [(place, kind, data, self._latest(run).ended_at)])
+        if follower is not None:
+            follower.told = (LAST_LINE, 0)
 
     def _last_event(self, session, run, outcome):
         """Return (type, data) of the event that ends a run; a session's cost is counted from its

@@ -59,8 +59,14 @@ def view_time(seconds):
     """Return seconds since the epoch as RFC 3339 in UTC, with milliseconds; None stays None."""
     if seconds is None:
         return None
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+    second, micros = divmod(round(seconds * 1_000_000), 1_000_000)
+    return f'{view_second(second)}.{micros // 1000:03d}Z'
+
+
+@functools.lru_cache(maxsize=64)
+def view_second(second):
+    """Return a whole second as the beginning of such a time; events mostly share one."""
+    return datetime.fromtimestamp(second, timezone.utc).isoformat()[:19]
 
 
 @functools.lru_cache

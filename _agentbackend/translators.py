@@ -77,7 +77,7 @@ def parse_record(text):
     if text.count('{') + text.count('[') > MAX_PARTS:
         return None
     try:
-        record = json.loads(text, parse_constant=finite, parse_float=finite)
+        record = DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
@@ -89,6 +89,9 @@ def finite(text):
     if not math.isfinite(number):
         raise ValueError(text)
     return number
+
+
+DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def bounded(value):

@@ -1,13 +1,22 @@
 """Records as the objects of the API."""
 import contextlib
 import json
+import re
+from json.encoder import encode_basestring
 
+from _agentbackend.dockerlog import STREAM_NAMES
 from _agentbackend.engine import USER
 from _agentbackend.records import RUNNING, title_of
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
 RETRY = 2000  # milliseconds after which a browser's EventSource comes back
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
+NO_LINE_ENDS = {code: f'\\u{code:04x}' for code in (0x85, 0x2028, 0x2029)}
+# What the entrypoint of a workspace says of its way to readiness, which is told as `progress`.
+ENTRYPOINT = 'workspace: '
+PROGRESS = re.compile(f'{ENTRYPOINT}(clone|submodules|large files|setup): (.*)')
+STEPS = re.compile(r'(?:(\d{1,9})/(\d{1,9}) |.*?(?<!\d)(\d{1,3})%)', re.A)
 
 
 def view_workspace(workspace):
@@ -101,35 +110,68 @@ def view_image(state):
 
 
 def view_event(event):
-    """Return an event as JSON bytes, encoded once for all its readers."""
-    if event.json is None:
-        shown = {'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id or None,
-                 'timestamp': view_time(event.timestamp), 'data': event.data}
-        if event.session_id is not None:
-            shown['sessionId'] = event.session_id
-        event.json = encode(shown)[:-1]
-    return event.json
+    """Return an event as JSON."""
+    about = to_json({'type': event.type, 'workspaceId': event.workspace_id, 'id': event.id or None})
+    session = '' if event.session_id is None else f',"sessionId":{to_json(event.session_id)}'
+    return f'{about[:-1]},"timestamp":"{view_time(event.timestamp)}","data":{to_json(event.data)}{session}}}'
 
 
-def view_sse(event):
-    """Return an event as SSE text. It has no name: a browser's `onmessage` sees only those without."""
-    return b'id: %s\ndata: %s\n\n' % (event.id.encode(), view_event(event))
+def view_lines(workspace_id, lines, head, tail):
+    """Yield (id, JSON) of lines of a log, (position, stream, stamp, text), whose ids begin and end alike."""
+    for position, stream, stamp, text in lines:
+        event_id = f'{head}{position}{tail}'
+        progress = PROGRESS.match(text) if text.startswith(ENTRYPOINT) else None
+        kind, data = (('progress', to_json(progress_of(*progress.groups()))) if progress else
+                      ('log', f'{{"stream":"{STREAM_NAMES[stream]}","message":{quote(text)}}}'))
+        yield event_id, (f'{{"type":"{kind}","workspaceId":"{workspace_id}","id":"{event_id}",'
+                         f'"timestamp":"{stamp[:23]}Z","data":{data}}}')
 
 
-def view_frame(event):
-    """Return an event as a WebSocket frame."""
-    return text_frame(view_event(event))
+def view_steps(run, steps):
+    """Return (place, first half, second half) of the JSON of a task's events, (place, type, data, seconds):
+    the id, of which each stream has another one, stands in between."""
+    session = to_json(run.session_id)
+    return [(place, f'{{"type":"{kind}","workspaceId":"{run.workspace_id}","id":"',
+             f'","timestamp":"{view_time(at)}","data":{to_json(data)},"sessionId":{session}}}')
+            for place, kind, data, at in steps]
+
+
+def progress_of(phase, message):
+    """Return the data of the progress event for a word of the entrypoint: `2/3 npm ci`, or something in
+    percent."""
+    found = STEPS.match(message)
+    step, total, percent = found.groups() if found else (None, None, None)
+    return {'phase': phase, 'step': int(step or percent or 0), 'total': int(total or 100) if found else None,
+            'message': message}
+
+
+def view_sse(rows):
+    """Return (id, JSON) of events as SSE text. It has no names: a browser's `onmessage` sees only those
+    without."""
+    return ''.join([f'id: {event_id}\ndata: {text}\n\n'
+                    for event_id, text in rows]).encode('utf-8', 'replace')
+
+
+def view_frames(rows):
+    """Return (id, JSON) of events as WebSocket frames."""
+    return b''.join([text_frame(text.encode('utf-8', 'replace')) for _, text in rows])
+
+
+def quote(text):
+    """Return a text as JSON. Many readers of SSE take U+0085, U+2028 and U+2029 for the end of a line."""
+    text = encode_basestring(text)
+    return text if text.isascii() else text.translate(NO_LINE_ENDS)
+
+
+def to_json(value):
+    """Return a value as JSON, without spaces."""
+    text = ENCODER.encode(value)
+    return text if text.isascii() else text.translate(NO_LINE_ENDS)
 
 
 def encode(value):
     """Return a value as JSON bytes with a line end, which a shell is grateful for."""
-    data = json.dumps(value, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace') + b'\n'
-    # Many readers of SSE take these for the end of a line: U+0085, U+2028 and U+2029.
-    if b'\xc2\x85' in data or b'\xe2\x80' in data:
-        for raw, escaped in ((b'\xc2\x85', b'\\u0085'), (b'\xe2\x80\xa8', b'\\u2028'),
-                             (b'\xe2\x80\xa9', b'\\u2029')):
-            data = data.replace(raw, escaped)
-    return data
+    return (to_json(value) + '\n').encode('utf-8', 'replace')
 
 
 def view_error(error):

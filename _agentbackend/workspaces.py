@@ -425,9 +425,9 @@ class Workspaces:
     def _forget(self, workspace_id):
         self._once.pop(workspace_id, None)
         self._turns.pop(workspace_id, None)
-        self._state.remove(workspace_id)
         self._events.publish('status', workspace_id, DELETED)
         self._events.forget(workspace_id)
+        self._state.remove(workspace_id)  # with what it has told
         with self._network, contextlib.suppress(DockerError):
             if not self._state.all() and not self._config.workspace_network:
                 self._engine.remove_network()
@@ -467,10 +467,10 @@ class Workspaces:
             if when is None:
                 raise WorkspaceNotFound(workspace_id) from None
             raise
+        self._announce(workspace)  # at once: whoever sees a status has its event behind him
         if flush:
             # A disk that refuses is no reason to end a job; who waits for an answer is told.
             self._state.try_flush()
-        self._announce(workspace)
         return workspace
 
     def _announce(self, workspace):

@@ -1,197 +1,230 @@
 """Topics, their rings, and readers of every speed."""
 import gc
-import time
+import json
 
 import gevent
 import pytest
 
-from _agentbackend.events import QUEUE_SIZE, RING_SIZE, Events, Subscription
-from _agentbackend.records import Run
+from _agentbackend import events as events_module
+from _agentbackend.events import EVERYTHING, RING_BYTES, Batch, Events
+from _agentbackend.positions import LAST_LINE, Cursor, LogPosition
+from _agentbackend.records import PERSISTENT, Run, Workspace
+from _agentbackend.state import EVENTS_KEPT, State
 
 RUN = Run(id='run-1', task='t', started_at=1.0, timeout=1, boot='', session_id='s1', workspace_id='ws-a',
           number=1, serial=3)
 
 
+class Reader:
+    """A position in a topic, from its end on."""
+
+    def __init__(self, events, name):
+        self.topic, self.woken = events.topic(name), 0
+        self.topic.attach(self)
+        self.index = self.topic.end
+
+    def wake(self):
+        self.woken += 1
+
+    def take(self):
+        """Return what came, as JSON objects; None when the ring has overtaken it."""
+        found = self.topic.after(self.index)
+        if found is None:
+            return None
+        self.index += len(found)
+        return [json.loads(text) for batch in found for _, text in batch.rows()]
+
+
+def workspace_of(name):
+    return Workspace(id=name, name=name, folder=name, type=PERSISTENT, template='t', created_at=1.0)
+
+
 @pytest.fixture
-def events():
-    return Events()
+def state():
+    made = State(None, {})
+    for name in ('ws-a', 'ws-b'):
+        made.adopt(workspace_of(name))
+    return made
+
+
+@pytest.fixture
+def events(state):
+    return Events(state)
 
 
 def numbers(found):
-    return [event.data['n'] for event in found]
+    return [event['data']['n'] for event in found]
 
 
-def attached(events, topic, size=QUEUE_SIZE):
-    """Return a reader that has what is published to a topic from now on."""
-    reader = Subscription(size)
-    events.attach(topic, reader)
-    return reader
+def publish(events, count, topic='ws-a', kind='log', **data):
+    for number in range(count):
+        events.publish(kind, topic, {'n': number, **data})
 
 
-def publish(events, count, topic='ws-a', **options):
-    return [events.publish('log', topic, {'n': number}, **options) for number in range(count)]
-
-
-def test_the_ring_keeps_the_last_events_of_a_topic_in_order(events):
-    publish(events, RING_SIZE + 5)
-    assert numbers(events.recent('ws-a')) == list(range(5, RING_SIZE + 5))
-    assert events.recent('ws-b') == []
+def test_events_with_lists_are_kept_by_their_size(events):
+    for number in range(2000):
+        events.publish_steps(RUN, [((1, number, 0), 'progress', {'list': [1] * 2000}, None)])
+    assert 1 < len(events.held('ws-a')) < 300
 
 
 def test_an_event_tells_what_where_and_when(events):
-    before = time.time()
-    event = events.publish('progress', 'ws-a', {'n': 1}, run=RUN, place=(1, 7, 0))
-    assert (event.type, event.workspace_id, event.session_id) == ('progress', 'ws-a', 's1')
-    assert event.data == {'n': 1}
-    assert (event.place, events.recent('s1')[0].id) == ((3, 7, 0), '1-7-0')
-    assert before <= event.timestamp <= time.time()
+    workspace, session = Reader(events, 'ws-a'), Reader(events, ('session', 's1'))
+    events.publish_steps(RUN, [((1, 7, 0), 'progress', {'n': 1}, 1.5)])
+    told = {'type': 'progress', 'workspaceId': 'ws-a', 'sessionId': 's1', 'data': {'n': 1},
+            'timestamp': '1970-01-01T00:00:01.500Z'}
+    assert workspace.take() == [told | {'id': '0.0.~3.7.0'}] and session.take() == [told | {'id': '1-7-0'}]
+    assert workspace.topic.cursor.marks == {1: (-1, 0), 2: (-1, 0), 3: (7, 0)}
 
 
-def test_ids_are_unique_and_differ_between_processes(events, monkeypatch):
-    ids = [event.id for event in publish(events, 50)] + [event.id for event in publish(events, 50, 'ws-b')]
-    assert len(set(ids)) == 100
-    now = time.time()
-    monkeypatch.setattr(time, 'time', lambda: now + 2)
-    assert not set(ids) & {event.id for event in publish(Events(), 100)}
+def test_the_last_event_of_a_task_takes_its_mark_away(events):
+    reader = Reader(events, 'ws-a')
+    events.topic('ws-a').cursor.begun = 2
+    events.publish_steps(RUN, [((1, 7, 0), 'progress', {}, None)])
+    events.publish_steps(RUN, [((1, LAST_LINE, 0), 'result', {}, None)])
+    assert [event['id'] for event in reader.take()] == ['0.2.~3.7.0', '0.3.']
 
 
 def test_an_event_goes_to_its_workspace_its_session_and_if_it_is_a_status_to_everybody(events):
-    workspace, session, everything, other = (attached(events, topic) for topic in ('ws-a', 's1', '*', 'ws-b'))
-    events.publish('log', 'ws-a', {'n': 1}, run=RUN, place=(1, 0, 0))
+    readers = [Reader(events, name) for name in ('ws-a', ('session', 's1'), EVERYTHING, 'ws-b')]
+    events.publish_steps(RUN, [((1, 0, 0), 'log', {'n': 1}, None)])
     events.publish('status', 'ws-a', {'n': 2})
-    assert numbers(workspace.take(0)[1]) == [1, 2]
-    assert numbers(session.take(0)[1]) == [1]
-    assert numbers(everything.take(0)[1]) == [2]
-    assert numbers(other.take(0)[1]) == []
-    assert numbers(events.recent('s1')) == [1] and numbers(events.recent('*')) == [2]
+    assert [numbers(reader.take()) for reader in readers] == [[1, 2], [1], [2], []]
 
 
-def test_a_reader_of_a_workspace_and_of_everything_has_a_status_once(events):
-    reader = attached(events, 'ws-a')
-    events.attach('*', reader)
-    events.publish('status', 'ws-a', {'n': 1})
-    assert numbers(reader.take(0)[1]) == [1]
+def test_lines_are_told_without_what_was_read_before(events):
+    topic, reader = events.topic('ws-a'), Reader(events, 'ws-a')
+    topic.cursor.log = position = LogPosition()
+    lines = [(1, '2026-11-23T20:56:17.000000001Z', 'one'),
+             (2, '2026-11-23T20:56:17.000000002Z', 'workspace: setup: 1/3 npm')]
+    events.publish_lines('ws-a', topic, lines)
+    topic.cursor.log = position = position.copy()  # from which reading begins again
+    events.publish_lines('ws-a', topic, lines)
+    first, second = reader.take()
+    assert first['data'] == {'stream': 'stdout', 'message': 'one'}
+    assert first['timestamp'] == '2026-11-23T20:56:17.000Z'
+    assert (second['type'], second['data']['step'], second['data']['total']) == ('progress', 1, 3)
+    assert str(Cursor.parse(second['id']).log) == str(position)
 
 
-def test_a_subscription_begins_with_what_is_published_after_it(events):
+def test_numbers_go_on_behind_what_is_kept(events, state):
     publish(events, 3)
-    assert attached(events, 'ws-a').take(0) == (0, [])
-
-
-def test_a_full_queue_loses_the_oldest_and_counts_them_once(events):
-    reader = attached(events, 'ws-a', 10)
-    publish(events, 25)
-    lost, found = reader.take(0)
-    assert lost == 15 and numbers(found) == list(range(15, 25))
-    publish(events, 10)
-    lost, found = reader.take(0)
-    assert lost == 0 and numbers(found) == list(range(10))
-
-
-def test_a_queue_has_its_bound_without_being_told(events):
-    reader = Subscription()
-    events.attach('ws-a', reader)
-    publish(events, QUEUE_SIZE + 1)
-    lost, found = reader.take(0)
-    assert (lost, len(found)) == (1, QUEUE_SIZE)
-
-
-def test_take_waits_for_an_event_and_no_longer_than_told(events):
-    reader, begun = attached(events, 'ws-a'), time.monotonic()
-    assert reader.take(0.02) == (0, [])
-    assert time.monotonic() - begun >= 0.015
-    taking = gevent.spawn(reader.take, 5)
-    gevent.sleep(0)
-    assert not taking.ready()
+    events = Events(state)
+    reader = Reader(events, 'ws-a')
     publish(events, 1)
-    assert numbers(taking.get(timeout=1)[1]) == [0]
+    assert [event['id'] for event in reader.take()] == ['4.0.']
+    assert [event[4]['n'] for event in state.events('ws-a', after=2)[1]] == [2, 0]
 
 
-def test_close_wakes_a_reader_that_waits_and_what_was_put_before_is_not_lost():
-    reader = Subscription()
-    reader.put(Events().publish('log', 'ws-a', {'n': 1}))
-    reader.close()
-    assert reader.closed and numbers(reader.take(5)[1]) == [1]
-    other = Subscription()
-    taking = gevent.spawn(other.take)
-    gevent.sleep(0)
-    other.close()
-    assert taking.get(timeout=1) == (0, []) and other.closed
+def test_the_last_events_of_a_workspace_are_kept_and_it_is_told_how_many_are_not(events, state):
+    publish(events, EVENTS_KEPT + 5)
+    lost, kept = state.events('ws-a', after=2)
+    assert lost == 3 and [event[4]['n'] for event in kept] == list(range(5, EVENTS_KEPT + 5))
+    assert state.events('ws-a', after=5)[0] == 0 and state.events('ws-b') == (0, [])
+    state.remove('ws-a')
+    assert state.events('ws-a') == (0, []) and not state._events and 'ws-a' not in state._told
 
 
-def test_a_closed_subscription_never_waits_again():
-    reader = Subscription()
-    reader.close()
-    with gevent.Timeout(1):
-        assert reader.take() == reader.take() == (0, [])
+def test_events_are_kept_over_the_end_of_a_process_and_none_of_their_numbers_comes_again(tmp_path):
+    def opened():
+        made = State(tmp_path / 'state.sqlite', {})
+        made.open()
+        return made
+    state = opened()
+    state.adopt(workspace_of('ws-a'))
+    publish(Events(state), EVENTS_KEPT + 2)
+    state.close()
+    state = opened()
+    assert [event[4]['n'] for event in state.events('ws-a')[1]] == list(range(2, EVENTS_KEPT + 2))
+    publish(Events(state), 1)
+    assert state.told('ws-a') > EVENTS_KEPT + 3
+    state.remove('ws-a')
+    state.close()
+    state = opened()
+    assert state.events('ws-a') == (0, []) and not state._events
+    state.close()
 
 
-def test_a_full_queue_can_be_closed(events):
-    reader = attached(events, 'ws-a', 3)
+def test_a_reader_begins_with_what_is_published_after_it(events):
+    first = Reader(events, 'ws-a')
     publish(events, 3)
-    reader.close()
-    assert reader.closed and numbers(reader.take(0)[1]) == [0, 1, 2]
+    assert Reader(events, 'ws-a').take() == [] and numbers(first.take()) == [0, 1, 2]
+
+
+def test_a_ring_has_its_bound_and_whoever_was_overtaken_is_told_so(events):
+    slow, keen = Reader(events, 'ws-a'), Reader(events, 'ws-a')
+    for _ in range(50):
+        publish(events, 100, text='x' * 1000)
+        assert len(keen.take()) == 100
+    assert slow.take() is None and slow.topic._bytes <= RING_BYTES
+    slow.index = slow.topic.end
+    publish(events, 1)
+    assert numbers(slow.take()) == [0]
+
+
+def test_one_batch_that_is_larger_than_the_ring_is_told(events):
+    reader = Reader(events, 'ws-a')
+    publish(events, 2, text='x' * RING_BYTES)
+    assert reader.take() is None
+    reader.index = reader.topic.end - 1
+    assert numbers(reader.take()) == [1]
+
+
+def test_a_batch_is_encoded_once(events, monkeypatch):
+    readers = [Reader(events, 'ws-a') for _ in range(3)]
+    publish(events, 1)
+    batches = [reader.topic.after(reader.index)[0] for reader in readers]
+    texts = [batch.sse for batch in batches]
+    assert texts[0] is texts[1] is texts[2] and batches[0].frames is batches[1].frames
+
+
+def test_another_source_sends_everybody_to_the_archive(events):
+    reader = Reader(events, 'ws-a')
+    reader.topic.begin_anew()
+    assert reader.take() is None and reader.woken == 1
 
 
 def test_a_reader_that_never_reads_holds_up_neither_the_publisher_nor_another_reader(events):
-    others, lazy, keen = [], attached(events, 'ws-a'), attached(events, 'ws-a', 100_000)
+    others = []
+    lazy, keen = Reader(events, 'ws-a'), Reader(events, 'ws-a')
     switches = gevent.spawn(lambda: others.append('ran'))
-    publish(events, 10_000)
+    publish(events, 1000)
     assert not others, 'publishing let others run'
-    assert len(keen.take(0)[1]) == 10_000
-    assert lazy.take(0)[0] == 10_000 - QUEUE_SIZE
+    assert len(keen.take()) == 1000 and lazy.woken == 1000
     switches.join()
 
 
-def test_a_subscription_that_ends_leaves_nothing_behind(events):
-    first, second = attached(events, 'ws-a'), attached(events, 'ws-a')
-    events.detach('ws-a', second)
-    events.detach('ws-a', second)  # twice is fine
-    publish(events, 1)
-    assert second.take(0) == (0, []) and numbers(first.take(0)[1]) == [0]
-    events.detach('ws-a', first)
-    assert not events._readers
-
-
-def test_asking_for_a_topic_that_never_was_leaves_nothing_behind(events):
-    events.recent('ws-a')
+def test_a_topic_that_is_forgotten_goes_behind_its_last_reader(events, monkeypatch):
+    monkeypatch.setattr(events_module, 'LINGER', 0.05)
+    session, reader = Reader(events, ('session', 's1')), Reader(events, 'ws-a')
+    events.publish_steps(RUN, [((1, 1, 0), 'log', {'n': 0}, None)])
+    events.detach(('session', 's1'), session)
+    assert events.topic(('session', 's1')) is session.topic, 'its task runs'
+    session.topic.attach(session)
+    events.publish_steps(RUN, [((1, LAST_LINE, 0), 'result', {'n': 0}, None)])
     events.forget('ws-a')
-    assert not events._rings and not events._readers
-
-
-def test_a_forgotten_topic_leaves_nothing_behind(events):
-    publish(events, 3, run=RUN, place=(1, 0, 0))
-    events.forget('ws-a')
-    events.forget('s1')
-    assert not events._rings and events.recent('ws-a') == []
+    events.publish('status', 'ws-a', {'n': 1})
+    assert numbers(reader.take()) == [0, 0, 1]
+    events.detach('ws-a', reader)
+    events.detach(('session', 's1'), session)
+    events.forget('ws-b')
+    events.topic(('session', 'yet to come')).attach(session)
+    events.detach(('session', 'yet to come'), session)
+    assert events.topic(('session', 's1')) is session.topic, 'it may come back'
+    gevent.sleep(0.1)
+    assert set(events._topics) <= {EVERYTHING}
 
 
 def test_events_that_nobody_holds_are_freed(events):
-    class Marker(dict):
+    class Marked(Batch):
         pass
 
-    for _ in range(RING_SIZE + 50):
-        events.publish('log', 'ws-a', Marker(n=1))
+    reader = Reader(events, 'ws-a')
+    publish(events, 1)
+    event = reader.topic.after(0)[0].events[0]
+    for _ in range(10):
+        batch = Marked(event)
+        batch.size = RING_BYTES // 3
+        reader.topic.put(batch)
+    del batch
     gc.collect()
-    assert sum(isinstance(item, Marker) for item in gc.get_objects()) == RING_SIZE
-
-
-def test_readers_may_come_and_go_while_events_are_published(events):
-    def come_and_go(count):
-        for _ in range(count):
-            reader = attached(events, 'ws-a')
-            gevent.sleep(0)
-            assert len(reader.take(0)[1]) >= 1
-            events.detach('ws-a', reader)
-
-    def publisher():
-        while not done.ready():
-            publish(events, 1)
-            gevent.sleep(0)
-
-    readers = [gevent.spawn(come_and_go, 20) for _ in range(20)]
-    done = gevent.spawn(gevent.joinall, readers, raise_error=True)
-    publishing = gevent.spawn(publisher)
-    done.get(timeout=5)
-    publishing.get(timeout=5)
-    assert not events._readers
+    assert sum(isinstance(item, Marked) for item in gc.get_objects()) == 3

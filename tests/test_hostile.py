@@ -19,7 +19,6 @@ from helpers import check_fairness, lose, run_second, seconds_left, seconds_of, 
 from streaming import Sse, Ws, connect, messages_until, read_head
 
 from _agentbackend.errors import ValidationError
-from _agentbackend.events import Events
 from _agentbackend.records import Run, Session, Workspace
 from _agentbackend.sshkeys import parse_private_key
 from _agentbackend.state import State
@@ -771,13 +770,6 @@ def test_nothing_that_claude_names_is_longer_than_a_message():
             {'type': 'result', 'is_error': True, 'subtype': 'x', 'errors': [f'No conversation found {long}']}]
     told = [event for record in said for event in lines.line(json.dumps(record))]
     assert len(told) == 4 and len(json.dumps(told)) < 50_000 and len(lines.outcome.message) < 10_000
-
-
-def test_events_with_lists_are_kept_by_their_size():
-    events = Events()
-    for _ in range(2000):
-        events.publish('progress', 'ws-a', {'list': [1] * 2000})
-    assert 1 < len(events.recent('ws-a')) < 100
 
 
 @pytest.mark.parametrize('line', [

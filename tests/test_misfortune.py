@@ -5,7 +5,8 @@ Such moments can't be waited for, so here the real backend runs in this process,
 made to do more.
 """
 import contextlib
-import io
+import itertools
+import json
 import time
 import uuid
 
@@ -19,9 +20,8 @@ from streaming import Sse, Ws, has_text, messages_until, statuses
 import agentbackend
 from _agentbackend import engine as engine_module
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog, ValidationError
-from _agentbackend.events import Subscription
-from _agentbackend.feeds import session_events, workspace_events
-from _agentbackend.positions import BEGINNING, LAST_LINE
+from _agentbackend.feeds import SessionFeed, WorkspaceFeed
+from _agentbackend.positions import BEGINNING, Cursor
 from _agentbackend.records import CREATING, DELETING
 
 # It prints as many steps as its task says; `wait` is a task that does not end.
@@ -200,27 +200,33 @@ def test_a_command_that_prints_without_end_takes_no_memory(backend, monkeypatch,
 # Tasks
 
 
+def rows(feed):
+    """Yield the events that a reader is given, as JSON objects."""
+    for batches in feed.batches():
+        for batch in batches:
+            yield from (json.loads(text) for _, text in batch.rows())
+
+
 def told(backend, session, count):
     """Return the ids of the first events that a reader of a session is given."""
-    found = []
-    for batch in session_events(backend, session, after=BEGINNING,
-                                watch_disconnect=lambda callback: io.BytesIO()):
-        found += [event.id for event in batch]
-        if len(found) >= count:
-            return found
+    events = rows(SessionFeed(backend, session, after=BEGINNING))
+    return [event['id'] for event in itertools.islice(events, count)]
 
 
 def test_a_task_is_followed_once_though_the_engine_comes_back_while_it_is_begun(working, monkeypatch):
     workspace = working.state.get('work')
     meddle(monkeypatch, working.engine, 'run_detached', working.tasks.resume)
-    reader, found = Subscription(), []
-    working.events.attach(workspace.id, reader)
+    found = []
+    reader = gevent.spawn(lambda: [found.append(event['id'])
+                                   for event in rows(SessionFeed(working, 'one', after=BEGINNING))])
+    gevent.sleep(0)
     working.tasks.execute({'workspaceId': workspace.id, 'task': '3', 'sessionId': 'one'})
-    while not found or found[-1].type not in ('result', 'error'):
-        found += reader.take(10)[1]
+    with gevent.Timeout(10):
+        while '1-end-0' not in found:
+            gevent.sleep(0.05)
     gevent.sleep(0.5)
-    found += reader.drain()[1]
-    assert [event.place for event in found] == [(1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 0), (1, LAST_LINE, 0)]
+    reader.kill()
+    assert found == ['1-0-0', '1-1-0', '1-2-0', '1-3-0', '1-end-0']
 
 
 def test_a_task_that_runs_holds_no_reader_up_when_the_engine_is_found(working):
@@ -245,16 +251,15 @@ def test_a_start_whose_answer_was_lost_is_a_start(working, monkeypatch):
 
 def test_a_stream_of_a_task_ends_with_it_though_another_has_begun(working):
     session, run = working.tasks.execute({'workspaceId': 'work', 'task': '2', 'sessionId': 'twice'})
-    batches = session_events(working, 'twice', after=BEGINNING,
-                             watch_disconnect=lambda callback: io.BytesIO(), task=(session, run))
+    events = rows(SessionFeed(working, 'twice', after=BEGINNING, task=(session, run)))
     # It listens from here on, and has nothing of what follows taken when both tasks have ended.
-    found = list(next(batches))
+    found = [next(events)]
     until_ended(working, 'twice')
     working.tasks.execute({'workspaceId': 'work', 'task': '3', 'sessionId': 'twice'})
     until_ended(working, 'twice')
     with gevent.Timeout(10):
-        found += [event for batch in batches for event in batch]
-    assert [event.id for event in found] == ['1-0-0', '1-1-0', '1-2-0', '1-end-0']
+        found += events
+    assert [event['id'] for event in found] == ['1-0-0', '1-1-0', '1-2-0', '1-end-0']
 
 
 def until_ended(backend, session):
@@ -267,10 +272,8 @@ def test_a_stream_of_a_task_whose_session_is_gone_has_an_end(working):
     session, run = working.tasks.execute({'workspaceId': 'work', 'task': '2', 'sessionId': 'short'})
     told(working, 'short', 4)
     working.tasks.remove('short')
-    batches = session_events(working, 'short', after=BEGINNING,
-                             watch_disconnect=lambda callback: io.BytesIO(), task=(session, run))
-    found = [event for batch in batches for event in batch]
-    assert [(event.type, event.id, event.data['code'])
+    found = list(rows(SessionFeed(working, 'short', after=BEGINNING, task=(session, run))))
+    assert [(event['type'], event['id'], event['data']['code'])
             for event in found] == [('error', '1-end-0', 'AGENT_INTERRUPTED')]
 
 
@@ -400,6 +403,26 @@ def test_the_status_of_all_is_the_last_one_though_a_reader_is_slow(make_server, 
     assert statuses([message for message in found if message['workspaceId'] == ids['busy']])[-1] == 'running'
 
 
+def test_who_comes_back_at_once_costs_the_engine_nothing(backend, monkeypatch):
+    workspace = backend.workspaces.create({'name': 'lively', 'env': {'PRINT': 'sleep 1; seq 100; echo end'}})
+    until_no_job(backend)
+    texts, ids = [], []
+    with contextlib.closing(WorkspaceFeed(backend, workspace.id)) as feed, gevent.Timeout(20):
+        for event in rows(feed):
+            texts.append(event['data'].get('message'))
+            ids.append(event['id'])
+            if texts[-1] == 'end':
+                break
+        monkeypatch.setattr(backend.engine, 'log_lines', lambda *_, **__: pytest.fail('the engine was asked'))
+        for number in (texts.index('50'), texts.index('100')):
+            told = []
+            for event in rows(WorkspaceFeed(backend, workspace.id, cursor=Cursor.parse(ids[number]))):
+                told.append(event['data'].get('message'))
+                if told[-1] == 'end':
+                    break
+            assert told == [None, *texts[number + 1:]]
+
+
 def test_a_log_that_the_engine_cannot_read_is_told_and_left_behind(backend, monkeypatch, docker_client):
     """After a power failure or on a full disk some engines end the stream at what they can't read, whenever
     it is read from before that."""
@@ -412,24 +435,24 @@ def test_a_log_that_the_engine_cannot_read_is_told_and_left_behind(backend, monk
         if tail is None:
             raise UnreadableLog('as told')
         return real(container, since=since, tail=tail, follow=follow)
-    batches = workspace_events(backend, workspace.id, cursor=None, tail=100,
-                               watch_disconnect=lambda callback: io.BytesIO())
-    found, reader = [], gevent.spawn(lambda: [found.extend(batch) for batch in batches])
+    found = []
+    feed = WorkspaceFeed(backend, workspace.id)
+    reader = gevent.spawn(lambda: [found.append(event) for event in rows(feed)])
     with gevent.Timeout(20):
-        # Its log is read on from where it was.
-        container = docker_client.containers.get(backend.state.get('damaged').container_id)
-        container.restart(timeout=1)
+        while not any(event['type'] == 'log' for event in found):
+            gevent.sleep(0.1)
         monkeypatch.setattr(backend.engine, 'log_lines', unreadable)
         # Its log is read on from where it was.
         docker_client.containers.get(backend.state.get('damaged').container_id).restart(timeout=1)
-        while not any(event.type == 'error' and 'Lines are missing here' in event.data['message']
+        while not any(event['type'] == 'error' and 'Lines are missing here' in event['data']['message']
                       for event in found):
             gevent.sleep(0.1)
-        while not any(event.type == 'log' and event.data['message'] == 'after' for event in found):
-            container.exec_run(['sh', '-c', 'echo after >/say'])
+        while not any(event['type'] == 'log' and event['data']['message'] == 'after' for event in found):
+            docker_client.containers.get(backend.state.get('damaged').container_id).exec_run(['sh', '-c',
+                                                                                              'echo after >/say'])  # noqa: E501
             gevent.sleep(0.5)
     reader.kill()
-    assert [event.type for event in found].count('error') == 1
+    assert [event['type'] for event in found].count('error') == 1
 
 
 def test_a_log_with_garbage_in_it_is_followed_all_the_same(make_server, docker_client):

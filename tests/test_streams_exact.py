@@ -30,6 +30,7 @@ class Follower:
         self.last_id = None
         self.stream = None
         self.done = False
+        self.naps = 3 if kind == 'stalled' else 0  # for which it takes nothing, whatever comes
 
     def run(self):
         while not self.done:
@@ -41,17 +42,21 @@ class Follower:
                 gevent.sleep(0.1)
 
     def open(self):
-        if self.kind == 'sse':
+        if self.kind != 'ws':
             return Sse(self.server, f'/api/workspaces/{self.workspace_id}/events?tail=100000',
-                       after=self.last_id, timeout=30)
+                       after=self.last_id, timeout=30,
+                       receive_buffer=4096 if self.kind == 'stalled' else None)
         stream = Ws(self.server, timeout=30)
         after = {} if self.last_id is None else {'after': self.last_id}
         stream.send(type='subscribe', workspaceId=self.workspace_id, tail=100000, **after)
         return stream
 
     def read(self):
-        assert self.stream.status == (200 if self.kind == 'sse' else 101), self.stream.status
+        assert self.stream.status == (101 if self.kind == 'ws' else 200), self.stream.status
         for message in self.stream:
+            if self.naps and len(self.lines) > 2000:
+                self.naps -= 1
+                gevent.sleep(1.5)
             self.last_id = message['id'] or self.last_id
             if message['type'] == 'error':
                 self.errors.append(message['data'])
@@ -98,7 +103,7 @@ def followed(tmp_path_factory, templates_dir, docker_client):
         served.running('warm')  # the image is there
         workspace_id = served.create('flood', env={'PRINT': PRINT})['id']
         followers = [Follower(served, workspace_id, kind, seed)
-                     for seed, kind in enumerate(['sse', 'sse', 'ws', 'ws'])]
+                     for seed, kind in enumerate(['sse', 'sse', 'ws', 'ws', 'stalled'])]
         jobs, stop = [gevent.spawn(follower.run) for follower in followers], gevent.event.Event()
         jobs.append(gevent.spawn(annoy, followers, stop))
         deadline = time.monotonic() + LIMIT
@@ -143,7 +148,7 @@ def test_the_container_printed_all_that_it_should(followed):
         assert numbers == sorted(set(numbers)) and len(numbers) > COUNT * 0.99
 
 
-@pytest.mark.parametrize('number', range(4), ids=['sse-1', 'sse-2', 'websocket-1', 'websocket-2'])
+@pytest.mark.parametrize('number', range(5), ids=['sse-1', 'sse-2', 'websocket-1', 'websocket-2', 'stalled'])
 def test_every_line_is_told_once_and_in_order(followed, number):
     followers, truth, served = followed
     follower = followers[number]

@@ -19,8 +19,8 @@ from helpers import check_fairness, memory_of, reset_peak, seconds_of
 from streaming import BINARY, CLOSE, PING, PONG, TEXT, Connection, Ws, connect, frame, read_head
 
 from _agentbackend import wire
-from _agentbackend.dockerlog import MAX_LINE, STDERR, STDOUT, LogDamaged, LogLines, parse_stamp
-from _agentbackend.positions import LogPosition
+from _agentbackend.dockerlog import MAX_LINE, STDERR, STDOUT, LogDamaged, LogLines, parse_stamp, stamp_of
+from _agentbackend.positions import Cursor, LogPosition
 from _agentbackend.wire import text_frame, unmask
 
 LARGEST = wire.Handler.max_message  # bytes
@@ -50,7 +50,11 @@ def lines_of(data, *, tty=False, step=None):
     parser, found = LogLines(tty), []
     for start in range(0, len(data), step or max(1, len(data))):
         found += parser.feed(data[start:start + (step or len(data))])
-    return found + parser.end()
+    return in_nanoseconds(found + parser.end())
+
+
+def in_nanoseconds(lines):
+    return [(stream, parse_stamp(at), text) for stream, at, text in lines]
 
 
 def test_the_stamp_is_read_to_the_nanosecond():
@@ -67,7 +71,7 @@ def test_frames_may_be_cut_anywhere():
               (STDOUT, SECOND + 4, ''), (STDERR, SECOND + 5, 'last')]
     for cut in range(len(data) + 1):
         parser = LogLines(False)
-        assert parser.feed(data[:cut]) + parser.feed(data[cut:]) + parser.end() == wanted, cut
+        assert in_nanoseconds(parser.feed(data[:cut]) + parser.feed(data[cut:]) + parser.end()) == wanted, cut
     assert lines_of(data, step=1) == wanted
 
 
@@ -103,7 +107,7 @@ def test_a_line_of_a_terminal_without_an_end_takes_no_memory():
     for _ in range(200):
         parser.feed(b'12 %\r' * 20_000)
         assert len(parser._buffer) < MAX_LINE + 200
-    (_, stamp, text), = parser.feed(b'done\n')
+    (_, stamp, text), = in_nanoseconds(parser.feed(b'done\n'))
     assert stamp == SECOND + 1 and len(text) == MAX_LINE
 
 
@@ -115,7 +119,7 @@ def test_a_character_may_be_cut_between_two_frames():
 def test_a_line_over_the_limit_is_cut_and_costs_no_more():
     content = b'x' * (3 * MAX_LINE) + b'\n'
     parser = LogLines(False)
-    found = parser.feed(long_line(1, 1, content))
+    found = in_nanoseconds(parser.feed(long_line(1, 1, content)))
     assert [(number, len(text)) for _, number, text in found] == [(SECOND + 1, MAX_LINE)]
     parser.feed(long_line(1, 2, content[:-1]))
     assert len(parser._parts[1][1]) <= MAX_LINE + 16384
@@ -196,7 +200,8 @@ def test_reading_again_from_any_position_gives_each_line_once(seed):
             size = min(len(log), size + dice.randrange(1, 40))  # the log grows
             lines = read_again(log[:size], position, dice)
             taken = dice.randrange(len(lines) + 1) if size < len(log) else len(lines)
-            told += [line for line in lines[:taken] if position.advance(line[0], line[1])]
+            told += [line[1:] for line in position.advance([(stream, stamp_of(at), number)
+                                                            for stream, at, number in lines[:taken]])]
             position = LogPosition.parse(str(position)) if dice.random() < 0.7 else position.copy()
         for stream, numbers in streams.items():
             assert [line[2] for line in told if line[0] == stream] == numbers, (seed, turn)
@@ -205,22 +210,27 @@ def test_reading_again_from_any_position_gives_each_line_once(seed):
 def test_a_position_survives_being_written_down():
     dice = random.Random(3)
     for _ in range(500):
-        one = LogPosition((dice.randrange(2**62), dice.choice((1, 1, 2, 500))),
-                          (dice.choice((0, dice.randrange(2**62))), 1))
+        one = LogPosition((stamp_of(dice.randrange(2**62)), dice.choice((1, 1, 2, 500))),
+                          dice.choice((('', 0), (stamp_of(dice.randrange(2**62)), 1))))
         assert str(LogPosition.parse(str(one))) == str(one) and LogPosition.parse(str(one))._last == one._last
 
 
-@pytest.mark.parametrize('text', ['', '-', '1', '1-', '-1', '1-2-3', '1+-2', 'g-1', '1-2+', '1--2', ' 1-2',
-                                  '1-2\n', '1' * 17 + '-1', '1-2+123456789', '0x1-2'])
+@pytest.mark.parametrize('text', ['', '1', '1-', '-1', '1-2-3', '1+-2', 'g-1', '1-2+', '1--2', ' 1-2',
+                                  '1-2\n', '1' * 18 + '-1', '1-2+123456789', '0x1-2'])
 def test_nonsense_is_no_position(text):
     with pytest.raises(ValueError, match='is no position'):
         LogPosition.parse(text)
 
 
+def test_an_id_of_a_quiet_workspace_has_at_most_forty_bytes():
+    log = LogPosition((STAMP.format(1), 1), (STAMP.format(2), 1))
+    assert len(str(Cursor(own=99_999, begun=999, log=log))) <= 40
+
+
 def test_a_silent_stream_is_asked_for_a_little_earlier():
     assert LogPosition().since() == 0
-    assert LogPosition((5 * 10**9, 1), (0, 0)).since() == 4 * 10**9
-    assert LogPosition((5 * 10**9, 1), (6 * 10**9, 1)).since() == 5 * 10**9
+    assert LogPosition((stamp_of(5 * 10**9), 1)).since() == 4 * 10**9
+    assert LogPosition((stamp_of(5 * 10**9), 1), (stamp_of(6 * 10**9), 1)).since() == 5 * 10**9
 
 
 # Frames
