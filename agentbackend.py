@@ -3,10 +3,19 @@
 This module is the door: the table of routes and their handlers, the composition, the server and the command
 line. The parts stand in the package `_agentbackend`, in layers. Each file knows only those below it:
 
+    server       the WSGI server: the port, the lock of the instance, and the end in order
     clients      who listens: SSE and WebSocket clients
     feeds        what a reader of a workspace or a session is given: what was missed, then what comes
     tasks        tasks that agents do in workspaces: begun, followed, watched, ended
+    terminals    terminals of workspaces, and the clients that look at them
+    repeats      requests that are sent again, answered as the first time
+    waits        waiting for a workspace to become what a client waits for
+    gitstate     what git knows of a project
+    files        files of workspaces, read and written by a program inside them
+    detached     commands that outlive client and server, known by their folders
+    execs        commands that clients run in workspaces while they wait for them
     runs         commands that outlive everybody, each with a folder in the volume
+    routing      what a route is, and what stands between Bottle and its handler
     gate         what comes before the routes: who may call, from where, and with how large a body
     keeper       what keeps records, engine and clock in step: follow, adopt, compare, sweep
     workspaces   the life of workspaces: create, start, stop, restart, change, remove
@@ -21,6 +30,8 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     images       templates, and the images built from them
     engine       containers, volumes and networks on a Docker engine
     dockerclient docker-py, its errors in our words
+    access       where the files of a workspace are reached
+    activity     what keeps workspaces alive just now
     state        workspaces and sessions in one locked dict each, mirrored to a file
     records      what is known of a workspace, a run and a session
     store        that file: SQLite, a row per record, in a thread of its own
@@ -46,71 +57,82 @@ from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before other
 
 import collections
 import contextlib
-import fcntl
-import io
 import itertools
 import json
 import logging
 import os
 import re
 import resource
-import signal
 import sys
 import time
 import urllib.parse
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
-import bottle
-import gevent
-import gevent.event
-import gevent.pool
-
-from _agentbackend import VERSION
+from _agentbackend import VERSION, errors
+from _agentbackend.access import Access
+from _agentbackend.activity import Activity
 from _agentbackend.claim import Claim
-from _agentbackend.clients import SSE_HEADERS, Streams, WebSocketClient, counted, sse_stream, text_stream
-from _agentbackend.config import Config, parse_size
-from _agentbackend.dockerclient import DockerClient
-from _agentbackend.engine import Engine
-from _agentbackend.errors import (
-    BackendError,
-    ConfigError,
-    DockerError,
-    EngineUnavailable,
-    InstanceTaken,
-    MethodNotAllowed,
-    NotFound,
-    PortExhausted,
-    SessionBusy,
-    SessionNotFound,
-    TooMany,
-    UnsupportedMediaType,
-    UpgradeRequired,
-    ValidationError,
-    WorkspaceAlreadyExists,
-    WorkspaceNotFound,
-    WorkspaceNotRunning,
-    internal_error,
-    quoted,
-    refusal,
+from _agentbackend.clients import (
+    SSE_HEADERS,
+    Closing,
+    Leaving,
+    Streams,
+    WebSocketClient,
+    counted,
+    event_stream,
+    sse_stream,
+    text_stream,
 )
+from _agentbackend.config import Config
+from _agentbackend.detached import Detached
+from _agentbackend.dockerclient import DockerClient
+from _agentbackend.dockerlog import STDERR
+from _agentbackend.engine import Engine
 from _agentbackend.events import Events, Steps, plain
+from _agentbackend.execs import Execs, short_output
+from _agentbackend.execs import events as command_events
 from _agentbackend.feeds import DEFAULT_TAIL, SessionFeed, WorkspaceFeed, opened
-from _agentbackend.gate import TICKET_LIFE, Gate, Tickets, split_host
+from _agentbackend.files import (
+    ARCHIVES,
+    Files,
+    asked_range,
+    attachment,
+    described,
+    etag_of,
+    file_headers,
+    tags,
+)
+from _agentbackend.gate import TICKET_LIFE, Gate, Tickets
+from _agentbackend.gitstate import diff_body, git_state
 from _agentbackend.images import BASE, Templates
 from _agentbackend.keeper import Keeper
 from _agentbackend.logs import Logs
-from _agentbackend.pages import EVENT_STREAM, JSON_TYPE, PLAIN_TEXT, Pages, openapi_document
+from _agentbackend.pages import (
+    ANY_TYPE,
+    EVENT_STREAM,
+    JSON_TYPE,
+    OCTETS,
+    PLAIN_TEXT,
+    Pages,
+    StreamOf,
+    openapi_document,
+)
 from _agentbackend.positions import BEGINNING, LAST_LINE, Cursor, LogPosition, event_id_of, place_of
 from _agentbackend.probes import Probes
-from _agentbackend.records import RUNNING, STATUSES
-from _agentbackend.schemas import Schemas, parse_json
+from _agentbackend.records import RUNNING, STATUSES, STOPPED
+from _agentbackend.repeats import Repeats
+from _agentbackend.routing import Application, Call, Reply, Route, read_query
+from _agentbackend.runs import Runs
+from _agentbackend.schemas import Schemas
+from _agentbackend.server import Server
 from _agentbackend.state import State
 from _agentbackend.tasks import Tasks
+from _agentbackend.terminals import TerminalClient, Terminals
+from _agentbackend.timing import parse_since
 from _agentbackend.views import (
     encode,
-    view_error,
+    view_activity,
     view_image,
     view_session,
     view_session_details,
@@ -118,7 +140,8 @@ from _agentbackend.views import (
     view_workspace,
     view_workspace_details,
 )
-from _agentbackend.wire import DisconnectWatcher, Handler, WSGIServer
+from _agentbackend.waits import wait_until
+from _agentbackend.wire import POLICY, WebSocketError
 from _agentbackend.workspaces import Workspaces
 
 HERE = Path(__file__).resolve().parent
@@ -130,71 +153,9 @@ log = logging.getLogger('agentbackend')
 # Routes
 # ---------------------------------------------------------------------------------------------
 
+WAIT_TIMEOUT = 600  # seconds that a client waits who names no timeout
+EDITOR_PAUSE = 120  # seconds since an editor's last heartbeat after which it counts as closed
 DELETE_TIMEOUT = 30  # seconds that DELETE waits for the end before it answers 202
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a handler is given: the parts of the path, the checked query and body, and whether a token was
-    shown if one is needed.
-
-    `last_event_id` is where a stream is to go on, `watch_disconnect(callback)` watches for the client to
-    leave, `websocket` is the connection of a WebSocket client, `host` the name by which it calls us.
-    """
-
-    path: dict
-    query: dict
-    body: object
-    trusted: bool
-    last_event_id: str
-    watch_disconnect: object = None
-    websocket: object = None
-    accept: str = ''
-    if_none_match: str = ''
-    host: str = ''
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a handler returns. A `stream` yields bytes, and is sent in the place of the data."""
-
-    data: object = None
-    status: int = 200
-    headers: dict = field(default_factory=dict)
-    stream: object = None
-
-
-@dataclass(frozen=True)
-class Route:
-    """One line of the API. `body` and `query` name schemas; an `open` route needs no token; a `bare` one
-    answers without the envelope.
-
-    The rest is for the OpenAPI document: under which `tag` it stands, if it does; its `answers`, from status
-    to the schema of the data, to a media type, or to None; and the `errors` and `headers` that it has beside
-    those of all routes.
-    """
-
-    method: str
-    path: str
-    handler: object
-    body: str = None
-    query: str = 'no-query'
-    open: bool = False
-    bare: bool = False
-    tag: str = None
-    answers: dict = field(default_factory=dict)
-    errors: tuple = ()
-    headers: tuple = ()
-
-    @property
-    def websocket(self):
-        """Whether it answers by turning the connection into a WebSocket."""
-        return 101 in self.answers
-
-    @property
-    def takes_tickets(self):
-        """Whether it is a stream, which a browser can't ask for with a token."""
-        return bool({EVENT_STREAM, PLAIN_TEXT} & set(self.answers.values()))
 
 
 def list_workspaces(backend, call):
@@ -210,14 +171,25 @@ def list_workspaces(backend, call):
 
 
 def create_workspace(backend, call):
-    """Create a workspace. It answers at once with status `creating`; what goes on is told by its events."""
+    """Create a workspace. It answers at once with status `creating`; what goes on is told by its events.
+
+    With `wait=running` it answers when that is so. `Accept: text/plain` gets the id alone.
+    """
     workspace = backend.workspaces.create(call.body)
-    return Reply(view_workspace(workspace), 201, {'Location': f'/api/workspaces/{workspace.id}'})
+    reply = after_waiting(backend, call, workspace, 201, RUNNING,
+                          {'Location': f'/api/workspaces/{workspace.id}'})
+    if PLAIN_TEXT in call.accept:
+        return Reply(stream=[f'{workspace.id}\n'.encode()], status=201,
+                     headers=reply.headers | {'Content-Type': 'text/plain; charset=utf-8'})
+    return reply
 
 
 def get_workspace(backend, call):
-    """Get a workspace by its id or name."""
-    return show_workspace(backend, call, backend.state.get(call.path['id']))
+    """Get a workspace by its id or name. With `wait` it answers when the workspace has such a status."""
+    workspace = backend.state.get(call.path['id'])
+    if 'wait' in call.query:
+        workspace = waited(backend, call, workspace)
+    return show_workspace(backend, call, workspace)
 
 
 def update_workspace(backend, call):
@@ -234,22 +206,22 @@ def delete_workspace(backend, call):
 
 def start_workspace(backend, call):
     """Start a stopped workspace."""
-    return Reply(view_workspace(backend.workspaces.start(call.path['id'])), 202)
+    return after_waiting(backend, call, backend.workspaces.start(call.path['id']), 202, RUNNING)
 
 
 def retry_workspace(backend, call):
     """Try again to make a workspace whose first start failed. It may come from another repository now."""
-    return Reply(view_workspace(backend.workspaces.retry(call.path['id'], call.body)), 202)
+    return after_waiting(backend, call, backend.workspaces.retry(call.path['id'], call.body), 202, RUNNING)
 
 
 def stop_workspace(backend, call):
     """Stop a workspace. A temporary one is deleted by that."""
-    return Reply(view_workspace(backend.workspaces.stop(call.path['id'])), 202)
+    return after_waiting(backend, call, backend.workspaces.stop(call.path['id']), 202, STOPPED)
 
 
 def restart_workspace(backend, call):
     """Stop a running workspace and start it again."""
-    return Reply(view_workspace(backend.workspaces.restart(call.path['id'])), 202)
+    return after_waiting(backend, call, backend.workspaces.restart(call.path['id']), 202, RUNNING)
 
 
 def follow_workspace(backend, call):
@@ -293,6 +265,204 @@ def follow(backend, call, feed, headers=()):
     """Return the reply that streams as SSE what the Feed that `feed()` makes has."""
     return Reply(stream=sse_stream(opened(backend, feed, call.watch_disconnect)),
                  headers=SSE_HEADERS | dict(headers))
+
+
+def run_command(backend, call):
+    """Run a command in a workspace.
+
+    The answer has its exit status and output. It ends with its whole process group when the client leaves.
+    With `Accept: text/event-stream` its output comes as it is printed, as events `output`, and an event
+    `exit` at the end; `?output=raw` streams its stdout as it is. With `detach` it outlives client and server.
+    """
+    workspace = backend.state.get(call.path['id'])
+    if call.body.get('detach'):
+        begun = backend.detached.begin(workspace, call.body)
+        return Reply(begun, 202, {'Location': f"/api/workspaces/{workspace.id}/exec/{begun['execId']}"})
+    if 'output' not in call.query and EVENT_STREAM not in call.accept:
+        return Reply(backend.execs.run(workspace, call.body, call.watch_disconnect))
+    command = backend.execs.begin(workspace, call.body)
+    if 'output' not in call.query:
+        return Reply(stream=Closing(event_stream(command_events(command)), command, call.watch_disconnect),
+                     headers=SSE_HEADERS)
+    data, more = short_output(command)
+    headers = {'Content-Type': OCTETS, 'Cache-Control': 'no-store', **DOWNLOADED}
+    if more is None:
+        command.close()
+        return Reply(stream=[data], headers=headers | {'Content-Length': str(len(data)),
+                                                       'X-Exit-Code': str(command.exit_code)})
+
+    def parts():
+        yield data
+        yield from more
+        call.trailers['X-Exit-Code'] = str(command.exit_code)
+    return Reply(stream=Closing(parts(), command, call.watch_disconnect),
+                 headers=headers | {'Trailer': 'X-Exit-Code'})
+
+
+def list_commands(backend, call):
+    """List the detached commands of a workspace, oldest first."""
+    return Reply(backend.detached.list(backend.state.get(call.path['id'])))
+
+
+def get_command(backend, call):
+    """Get a detached command."""
+    return Reply(backend.detached.get(backend.state.get(call.path['id']), call.path['exec_id']))
+
+
+def delete_command(backend, call):
+    """End a detached command and delete its output."""
+    backend.detached.remove(backend.state.get(call.path['id']), call.path['exec_id'])
+    return Reply({'execId': call.path['exec_id'], 'deleted': True})
+
+
+def signal_command(backend, call):
+    """Send a signal to a detached command. All that it has started gets it too."""
+    return Reply(backend.detached.signal(backend.state.get(call.path['id']), call.path['exec_id'],
+                                         call.body['signal']))
+
+
+def read_command(backend, call):
+    """Read the output of a detached command. It comes as it is, from a byte on; with `follow` to its end."""
+    parts = backend.detached.output(
+        backend.state.get(call.path['id']), call.path['exec_id'], stream=call.query.get('stream'),
+        after=call.query.get('after', 0), follow=call.query.get('follow', False))
+    next(parts)  # here what is wrong can still be told
+    backend.streams.admit()
+    leaving = Leaving()
+
+    def pieces():
+        with counted(backend.streams):
+            yield from leaving.parts(parts)
+    return Reply(stream=Closing(pieces(), leaving, call.watch_disconnect),
+                 headers={'Content-Type': OCTETS, **DOWNLOADED})
+
+
+def list_files(backend, call):
+    """List the folder of the project, or get it as a tar."""
+    return get_file(backend, call)
+
+
+def get_file(backend, call):
+    """Get a file, or what is in a folder.
+
+    A path is relative to the project, or begins with the folder of the volume. A file comes with ETag and
+    ranges; `archive` gives a file or a whole tree as a tar. It works on a stopped workspace too.
+    """
+    path, archive = call.path.get('path', ''), call.query.get('archive')
+    is_read = call.method != 'HEAD' and not archive
+    work, told = backend.files.open(backend.state.get(call.path['id']), path, archive=archive,
+                                    content=call.method != 'HEAD')
+    name = path.rstrip('/').rpartition('/')[2] or call.path['id']
+    if archive:
+        parts, headers, status = work.rest(), {'Content-Type': ARCHIVES[archive],
+                                               **attachment(f'{name}.{archive}')}, 200
+    elif told['type'] == 'folder':
+        parts = itertools.chain([b'{"success":true,"data":'], work.rest(), [b'}\n'])
+        headers, status = {'Content-Type': JSON_TYPE, 'Cache-Control': 'no-store'}, 200
+    else:
+        try:
+            parts, headers, status = file_answer(backend, call, work, told, name, is_read)
+        except BaseException:
+            work.close()
+            raise
+    return Reply(stream=Closing(iter(parts), work, call.watch_disconnect), status=status,
+                 headers=headers | DOWNLOADED)
+
+
+def file_answer(backend, call, work, told, name, is_read):
+    """Return (parts, headers, status) of a file, or of the range of it that is asked for."""
+    headers = file_headers(told, name, download='download' in call.query)
+    if told['tag'] in (tags(call.if_none_match) or ()):
+        return (), headers, 304
+    part = asked_range(call.headers.get('Range'), call.headers.get('If-Range'), told) if is_read else None
+    start, count = part or (0, told['size'])
+    headers['Content-Length'] = str(count)
+    if part:
+        headers['Content-Range'] = f"bytes {start}-{start + count - 1}/{told['size']}"
+    if is_read:
+        backend.files.send_content(work, start, count)
+    return (work.rest(count) if is_read and count else ()), headers, 206 if part else 200
+
+
+def put_file(backend, call):
+    """Write a file. It is written whole or not at all, of any size; folders above it are made.
+
+    `If-Match` with an ETag, and `If-None-Match: *`, guard against the work of others. With `extract` the body
+    is a tar, and the path the folder that it is unpacked into.
+    """
+    workspace, path = backend.state.get(call.path['id']), call.path.get('path', '')
+    if 'extract' in call.query:
+        told = backend.files.extract(workspace, path, call.upload, call.query['extract'])
+        return Reply(described(told))
+    mode = int(call.query['mode'], 8) if 'mode' in call.query else None
+    told = backend.files.write(workspace, path, call.upload, mode=mode,
+                               match=tags(call.headers.get('If-Match')), none_match=tags(call.if_none_match))
+    return file_reply(call, told)
+
+
+def fill_project(backend, call):
+    """Unpack a tar into the folder of the project."""
+    if 'extract' not in call.query:
+        raise errors.refusal('extract', 'is missing: the project is a folder, so tell of what form the body '
+                                        'is')
+    return put_file(backend, call)
+
+
+def change_file(backend, call):
+    """Move or copy a file or folder, or make a folder. What is at the target is never replaced."""
+    body = call.body
+    if 'to' not in body and body['operation'] != 'mkdir':
+        raise errors.refusal('to', f"is missing, the target of {body['operation']}")
+    told = backend.files.change(backend.state.get(call.path['id']), body['operation'], call.path['path'],
+                                to=body.get('to'))
+    return file_reply(call, told, body.get('to'))
+
+
+def delete_file(backend, call):
+    """Delete a file or folder. One that is not empty needs `recursive`."""
+    backend.files.change(backend.state.get(call.path['id']), 'remove', call.path['path'],
+                         recursive=call.query.get('recursive', False),
+                         match=tags(call.headers.get('If-Match')))
+    return Reply({'path': call.path['path'], 'deleted': True})
+
+
+def file_reply(call, told, path=None):
+    """Return the reply that describes a file which was written or made."""
+    path = call.path['path'] if path is None else path
+    location = f"/api/workspaces/{call.path['id']}/files/{urllib.parse.quote(path)}"
+    return Reply(described(told), 201 if told['created'] else 200,
+                 {'ETag': etag_of(told), 'Location': location})
+
+
+def get_git(backend, call):
+    """Get what git knows of the project. `unpushed` counts the commits that are on no remote."""
+    workspace = backend.state.get(call.path['id'])
+    return Reply(git_state(backend.engine, backend.access, workspace, backend.execs.folder(workspace, {})))
+
+
+def get_diff(backend, call):
+    """Get a patch of the project. It leads from `base`, the last commit by default, to the files as they are,
+    new ones included."""
+    command = backend.execs.begin(backend.state.get(call.path['id']),
+                                  diff_body(call.query.get('base', ''), call.query.get('path', '')))
+    kept = bytearray()
+    pieces = ((stream, data if stream != STDERR else kept.extend(data[:500]) or b'')
+              for stream, data in command)
+    data, more = short_output(pieces)
+    if more is None:
+        command.close()
+        if command.exit_code:
+            raise errors.refusal('base', f'is of no use: {kept.decode("utf-8", "replace").strip()}')
+    return Reply(stream=[data] if more is None else Closing(itertools.chain([data], more), command,
+                                                            call.watch_disconnect),
+                 headers={'Content-Type': 'text/plain; charset=utf-8', 'Cache-Control': 'no-store',
+                          **DOWNLOADED})
+
+
+def get_activity(backend, call):
+    """Get what keeps a workspace alive. It tells also when it is deleted, and why."""
+    workspace = backend.state.get(call.path['id'])
+    return Reply(view_activity(workspace, reasons_of(backend, workspace)))
 
 
 def execute_task(backend, call):
@@ -365,17 +535,39 @@ def delete_session(backend, call):
 
 def open_websocket(backend, call):
     """Talk over a WebSocket: subscribe to workspaces, and receive their events."""
-    if call.websocket is None:
-        raise UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, Sec-WebSocket-Version: '
-                              '13 and a proper key.',
-                              headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
+    need_websocket(call)
     try:
         backend.streams.admit(trusted=call.trusted)
-    except TooMany as error:
+    except errors.TooMany as error:
         call.websocket.close(1013, str(error))
         return Reply({})
     WebSocketClient(backend, call.websocket, call.trusted).run()
     return Reply({})
+
+
+def open_terminal(backend, call):
+    """Open a terminal over a WebSocket.
+
+    Binary messages are what is typed and what is printed. The same `name` finds the same terminal again, with
+    the last 256 KB that it printed: it goes on without client and server until its program ends.
+    """
+    need_websocket(call)
+    backend.streams.admit()
+    query = {'name': 'main', 'cols': 80, 'rows': 24, 'command': '', **call.query}
+    query.pop('ticket', None)
+    TerminalClient(backend, call.websocket, backend.state.get(call.path['id']), **query).run()
+    return Reply({})
+
+
+def list_terminals(backend, call):
+    """List the terminals of a workspace."""
+    return Reply(backend.terminals.list(backend.state.get(call.path['id'])))
+
+
+def end_terminal(backend, call):
+    """End a terminal, with all that runs in it."""
+    backend.terminals.end(backend.state.get(call.path['id']), call.path['name'])
+    return Reply({'name': call.path['name'], 'deleted': True})
 
 
 def issue_ticket(backend, call):
@@ -437,6 +629,11 @@ def show_reference(backend, call):
     return show_page(backend, call, 'openapi-plain.html' if call.query.get('plain') else 'openapi.html')
 
 
+def show_terminal(backend, call):
+    """Show a terminal of a workspace."""
+    return show_page(backend, call, 'terminal.html')
+
+
 def show_document(backend, call):
     """Get this document."""
     return show_page(backend, call, 'openapi.json')
@@ -455,22 +652,57 @@ def show_page(backend, call, name):
     return Reply(stream=[page.read()], headers=page.headers)
 
 
+def need_websocket(call):
+    """Raise UpgradeRequired when a call is not for a WebSocket."""
+    if call.websocket is None:
+        raise errors.UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, '
+                                     'Sec-WebSocket-Version: 13 and a proper key.',
+                                     headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
+
+
+def waited(backend, call, workspace):
+    """Return a workspace once it has one of the statuses that the query waits for."""
+    return wait_until(backend.state, workspace, call.query['wait'].split(','),
+                      call.query.get('timeout', WAIT_TIMEOUT), call.watch_disconnect)
+
+
+def after_waiting(backend, call, workspace, status, wanted, headers=()):
+    """Return the reply that shows a workspace, once what the query or a preference waits for has come."""
+    headers = dict(headers)
+    preferred = re.search(r'\bwait\s*=\s*"?(\d{1,5})', call.headers.get('Prefer', ''))
+    if 'wait' in call.query:
+        workspace = waited(backend, call, workspace)
+    elif preferred:
+        workspace = wait_until(backend.state, workspace, [wanted], int(preferred[1]), call.watch_disconnect,
+                               strict=False)
+        headers['Preference-Applied'] = f'wait={preferred[1]}'
+    return Reply(view_workspace(workspace), status, headers)
+
+
+def reasons_of(backend, workspace):
+    """Return what keeps a workspace alive, [(kind, since, detail)]."""
+    found = [('task', run.started_at, run.task[:200]) for run in backend.state.open_runs()
+             if run.workspace_id == workspace.id and run.state == RUNNING]
+    found += backend.activity.of(workspace.id)
+    if workspace.status == RUNNING:
+        with contextlib.suppress(errors.DockerError, errors.WorkspaceNotRunning):
+            found += backend.detached.at_work(workspace)
+        beat = backend.keeper.editor_seen(workspace)
+        found += [('editor', beat, 'an open editor')] if beat and beat > time.time() - EDITOR_PAUSE else []
+    return found
+
+
+def note_activity(backend, workspace):
+    """Let a workspace live on that is to be deleted, when something is at work in it. What an editor says
+    of itself counts from when it said it."""
+    if any(kind != 'editor' for kind, *_ in reasons_of(backend, workspace)):
+        backend.activity.note(workspace.id)
+
+
 def call_cursor(call):
     """Return from where a stream is to go on: what the client says, else what its browser remembers."""
     text = call.query.get('after', call.last_event_id)
     return Cursor.parse(text) if text else None
-
-
-def parse_since(text):
-    """Return the nanoseconds since the epoch of an RFC 3339 time, or of a number of seconds."""
-    if re.fullmatch(r'\d{1,12}(\.\d{1,9})?', text):
-        seconds, _, fraction = text.partition('.')
-        return int(seconds) * 1_000_000_000 + int(fraction.ljust(9, '0'))
-    try:
-        return int(datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp() * 1e9)
-    except ValueError as error:
-        raise refusal('since', f'is {quoted(text)}, but has to be a time, such as 2026-01-31T12:00:00Z, or a '
-                               'number of seconds') from error
 
 
 def show_workspace(backend, call, workspace):
@@ -484,201 +716,123 @@ def show_session(backend, session, status=200):
     return Reply(view_session_details(session, backend.state.runs(session.id)), status)
 
 
-ENGINE_TROUBLE = (DockerError, EngineUnavailable)
-CHANGE = {'tag': 'Workspaces', 'answers': {202: 'workspace'},
-          'errors': (WorkspaceNotFound, WorkspaceNotRunning, *ENGINE_TROUBLE)}
+DOWNLOADED = {'X-Content-Type-Options': 'nosniff', 'Content-Security-Policy': 'sandbox'}
+ENGINE_TROUBLE = (errors.DockerError, errors.EngineUnavailable)
+WORK_ERRORS = (errors.WorkspaceNotFound, errors.WorkspaceNotRunning, *ENGINE_TROUBLE)
+COMMAND_ERRORS = (*WORK_ERRORS, errors.ExecNotFound)
+FILE_ANSWERS = ('file-list', *ARCHIVES.values(), ANY_TYPE)
+FILE_ERRORS = (*WORK_ERRORS, errors.FileMissing, errors.FileExists, errors.NotAFolder, errors.NotAFile)
+CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'answers': {202: 'workspace'},
+          'errors': (*WORK_ERRORS, errors.WaitTimeout)}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
-TASK_ERRORS = (WorkspaceNotFound, WorkspaceNotRunning, SessionBusy, TooMany, *ENGINE_TROUBLE)
+TASK_ERRORS = (*WORK_ERRORS, errors.SessionBusy, errors.TooMany)
 PAGE = {'open': True, 'bare': True, 'headers': ('ETag',)}
 ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
           answers={200: 'workspace-list'}),
-    Route('POST', '/api/workspaces', create_workspace, body='workspace-create', tag='Workspaces',
-          answers={201: 'workspace'}, headers=('Location',),
-          errors=(WorkspaceAlreadyExists, PortExhausted, *ENGINE_TROUBLE)),
+    Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
+          tag='Workspaces', answers={201: ('workspace', PLAIN_TEXT)}, headers=('Location',),
+          errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
+                  errors.WaitTimeout, *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
-    Route('GET', '/api/workspaces/<id>', get_workspace, tag='Workspaces', answers={200: 'workspace-details'},
-          errors=(WorkspaceNotFound,)),
+    Route('GET', '/api/workspaces/<id>', get_workspace, query='wait-query', tag='Workspaces',
+          answers={200: 'workspace-details'},
+          errors=(errors.WorkspaceNotFound, errors.WorkspaceNotRunning, errors.WaitTimeout)),
     Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update', tag='Workspaces',
           answers={200: 'workspace-details'},
-          errors=(WorkspaceNotFound, WorkspaceAlreadyExists, WorkspaceNotRunning, *ENGINE_TROUBLE)),
+          errors=(*WORK_ERRORS, errors.WorkspaceAlreadyExists)),
     Route('DELETE', '/api/workspaces/<id>', delete_workspace, tag='Workspaces',
           answers={200: 'workspace-deleted', 202: 'workspace-deleted'},
-          errors=(WorkspaceNotFound, *ENGINE_TROUBLE)),
+          errors=(errors.WorkspaceNotFound, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
-    Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry', tag='Workspaces',
-          answers={202: 'workspace'},
-          errors=(WorkspaceNotFound, WorkspaceNotRunning, PortExhausted, *ENGINE_TROUBLE)),
+    Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry',
+          query='wait-query', tag='Workspaces', answers={202: 'workspace'},
+          errors=(*WORK_ERRORS, errors.PortExhausted, errors.WaitTimeout)),
     Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces',
           answers={200: EVENT_STREAM},
-          errors=(WorkspaceNotFound, TooMany)),
+          errors=(errors.WorkspaceNotFound, errors.TooMany)),
     Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query', tag='Workspaces',
           answers={200: PLAIN_TEXT},
-          errors=(WorkspaceNotFound, TooMany, *ENGINE_TROUBLE)),
+          errors=(errors.WorkspaceNotFound, errors.TooMany, *ENGINE_TROUBLE)),
+    Route('POST', '/api/workspaces/<id>/exec', run_command, body='exec', query='exec-query',
+          tag='Commands', answers={200: ('exec-result', StreamOf('exec-event'), OCTETS), 202: 'exec-run'},
+          errors=(*WORK_ERRORS, errors.TooMany)),
+    Route('GET', '/api/workspaces/<id>/exec', list_commands, tag='Commands',
+          answers={200: 'exec-run-list'}, errors=WORK_ERRORS),
+    Route('GET', '/api/workspaces/<id>/exec/<exec_id>', get_command, tag='Commands',
+          answers={200: 'exec-run'}, errors=COMMAND_ERRORS),
+    Route('DELETE', '/api/workspaces/<id>/exec/<exec_id>', delete_command, tag='Commands',
+          answers={200: 'exec-deleted'}, errors=COMMAND_ERRORS),
+    Route('POST', '/api/workspaces/<id>/exec/<exec_id>/signal', signal_command, body='exec-signal',
+          tag='Commands', answers={200: 'exec-run'}, errors=COMMAND_ERRORS),
+    Route('GET', '/api/workspaces/<id>/exec/<exec_id>/output', read_command, query='exec-output-query',
+          tag='Commands', answers={200: OCTETS}, errors=(*COMMAND_ERRORS, errors.TooMany)),
+    Route('GET', '/api/workspaces/<id>/files', list_files, query='file-query', tag='Commands',
+          answers={200: FILE_ANSWERS}, errors=FILE_ERRORS),
+    Route('PUT', '/api/workspaces/<id>/files', fill_project, query='file-put-query', tag='Commands',
+          upload=True, answers={200: 'file'}, errors=FILE_ERRORS),
+    Route('GET', '/api/workspaces/<id>/files/<path:path>', get_file, query='file-query', tag='Commands',
+          answers={200: FILE_ANSWERS, 206: (OCTETS, ANY_TYPE)}, headers=('ETag',),
+          errors=(*FILE_ERRORS, errors.RangeNotSatisfiable)),
+    Route('PUT', '/api/workspaces/<id>/files/<path:path>', put_file, query='file-put-query', tag='Commands',
+          upload=True, answers={200: 'file', 201: 'file'}, headers=('ETag', 'Location'),
+          errors=(*FILE_ERRORS, errors.PreconditionFailed)),
+    Route('POST', '/api/workspaces/<id>/files/<path:path>', change_file, body='file-change', tag='Commands',
+          answers={201: 'file'}, headers=('ETag', 'Location'), errors=FILE_ERRORS),
+    Route('DELETE', '/api/workspaces/<id>/files/<path:path>', delete_file, query='file-delete-query',
+          tag='Commands', answers={200: 'file-deleted'}, errors=(*FILE_ERRORS, errors.PreconditionFailed)),
+    Route('GET', '/api/workspaces/<id>/terminal', open_terminal, query='terminal-query', tag='Commands',
+          answers={101: None}, errors=(errors.UpgradeRequired, errors.WorkspaceNotFound,
+                                       errors.WorkspaceNotRunning, errors.TooMany)),
+    Route('GET', '/api/workspaces/<id>/terminals', list_terminals, tag='Commands',
+          answers={200: 'terminal-list'}, errors=WORK_ERRORS),
+    Route('DELETE', '/api/workspaces/<id>/terminals/<name>', end_terminal, tag='Commands',
+          answers={200: 'terminal-ended'},
+          errors=(*WORK_ERRORS, errors.TerminalNotFound)),
+    Route('GET', '/api/workspaces/<id>/git', get_git, tag='Commands', answers={200: 'git'},
+          errors=WORK_ERRORS),
+    Route('GET', '/api/workspaces/<id>/git/diff', get_diff, query='diff-query', tag='Commands',
+          answers={200: PLAIN_TEXT},
+          errors=(*WORK_ERRORS, errors.TooMany)),
+    Route('GET', '/api/workspaces/<id>/activity', get_activity, tag='Workspaces', answers={200: 'activity'},
+          errors=(errors.WorkspaceNotFound,)),
     Route('POST', '/api/agent/execute', execute_task, body='agent-execute', tag='Agents',
           answers=TASK_ANSWERS, errors=TASK_ERRORS,
           headers=('X-Session-Id', 'X-Run-Id', 'Location')),
     Route('GET', '/api/agent/sessions', list_sessions, query='session-list-query', tag='Agents',
-          answers={200: 'session-list'}, errors=(WorkspaceNotFound,)),
+          answers={200: 'session-list'}, errors=(errors.WorkspaceNotFound,)),
     Route('GET', '/api/agent/sessions/<id>', get_session, tag='Agents', answers={200: 'session-details'},
-          errors=(SessionNotFound,)),
+          errors=(errors.SessionNotFound,)),
     Route('GET', '/api/agent/sessions/<id>/events', get_transcript, query='transcript-query', tag='Agents',
           answers={200: 'transcript'},
-          errors=(SessionNotFound, *ENGINE_TROUBLE)),
+          errors=(errors.SessionNotFound, *ENGINE_TROUBLE)),
     Route('POST', '/api/agent/sessions/<id>/cancel', cancel_session, tag='Agents',
-          answers={202: 'session-details'}, errors=(SessionNotFound,)),
+          answers={202: 'session-details'}, errors=(errors.SessionNotFound,)),
     Route('DELETE', '/api/agent/sessions/<id>', delete_session, tag='Agents',
           answers={200: 'session-deleted'},
-          errors=(SessionNotFound, SessionBusy, *ENGINE_TROUBLE)),
+          errors=(errors.SessionNotFound, errors.SessionBusy, *ENGINE_TROUBLE)),
     Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query', tag='Agents',
-          answers={200: EVENT_STREAM}, errors=(TooMany,)),
+          answers={200: EVENT_STREAM}, errors=(errors.TooMany,)),
     Route('GET', '/agent/ws', open_websocket, open=True, tag='Streams', answers={101: None},
-          errors=(UpgradeRequired,)),
+          errors=(errors.UpgradeRequired,)),
     Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
     Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
     Route('GET', '/api/templates/<name>/log', read_build_log, tag='Server', answers={200: PLAIN_TEXT},
-          errors=(NotFound,)),
+          errors=(errors.NotFound,)),
     Route('GET', '/health', get_health, open=True, bare=True, tag='Server', answers={200: 'health'}),
     Route('GET', '/openapi.json', show_document, tag='Server', answers={200: JSON_TYPE}, **PAGE),
     Route('GET', '/', show_dashboard, **PAGE),
     Route('GET', '/openapi', show_reference, query='openapi-query', **PAGE),
+    Route('GET', '/terminal', show_terminal, **PAGE),
     Route('GET', '/static/<name>', show_file, **PAGE),
 )
-
-
-class Application(bottle.Bottle):
-    """The routes as a WSGI application whose every answer is JSON."""
-
-    def __init__(self, backend):
-        super().__init__()
-        for route in ROUTES:
-            self.route(route.path, route.method, endpoint(backend, route), spec=route)
-
-    def find(self, method, path):
-        """Return the Route that answers a request, or None."""
-        try:
-            return self.match({'REQUEST_METHOD': method, 'PATH_INFO': path})[0].config['spec']
-        except bottle.HTTPError:
-            return None
-
-    def default_error_handler(self, error):
-        """Put Bottle's own errors into the contract's shape."""
-        if error.status_code == 404:
-            return self._json(NotFound(f'There is no {bottle.request.path[:200]} here; GET /openapi.json '
-                                       'lists what there is.'))
-        if error.status_code == 405:
-            *others, last = error.headers['Allow'].split(',')
-            allowed = f"{', '.join(others)} and {last}" if others else last
-            path, method = bottle.request.path[:200], bottle.request.method
-            return self._json(MethodNotAllowed(f'{path} takes {allowed}, not {method}.'))
-        return self._json(internal_error(error.exception) if error.status_code >= 500
-                          else ValidationError(str(error.body)))
-
-    @staticmethod
-    def _json(error):
-        bottle.response.content_type = 'application/json'
-        return encode(view_error(error))
-
-
-class Streamed:
-    """What Bottle sends part by part as a file's: of any other iterable it waits for the first part before it
-    sends the headers."""
-
-    def __init__(self, parts):
-        self._parts = iter(parts)
-        self.close = getattr(parts, 'close', lambda: None)
-
-    def read(self, _=None):
-        """Return the next part that is not empty, and nothing at the end."""
-        return next(filter(None, self._parts), b'')
-
-
-def endpoint(backend, route):
-    """Return the function that Bottle calls: it checks what came, calls the handler, and puts what it returns
-    into JSON."""
-    def called(**path):
-        environ = bottle.request.environ
-        try:
-            query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
-            body = read_body(backend.schemas, route.body, environ) if route.body else None
-            call = Call(path, query, body, environ.get('agentbackend.trusted', True),
-                        environ.get('HTTP_LAST_EVENT_ID'), watcher_of(environ),
-                        accept=environ.get('HTTP_ACCEPT', ''),
-                        if_none_match=environ.get('HTTP_IF_NONE_MATCH', ''),
-                        host=split_host(environ.get('HTTP_HOST', '')) or '')
-            reply = route.handler(backend, call)
-            if reply.stream is not None:
-                environ['agentbackend.streams'] = True
-                return bottle.HTTPResponse(Streamed(reply.stream), reply.status, reply.headers)
-            return respond(reply.data if route.bare else {'success': True, 'data': reply.data}, reply.status,
-                           reply.headers)
-        except BackendError as error:
-            return respond(view_error(error), error.status, error.headers)
-        except Exception as error:
-            error = internal_error(error)
-            return respond(view_error(error), error.status, {})
-    return called
-
-
-def watcher_of(environ):
-    """Return what watches for a client to leave. Under another program's server nothing does, and a heartbeat
-    finds it out."""
-    connection = environ.get('agentbackend.socket')
-    if connection is None:
-        return lambda callback: io.BytesIO()  # has a close()
-    return lambda callback: DisconnectWatcher(connection, callback)
-
-
-def respond(value, status, headers):
-    """Return a value as Bottle's JSON response."""
-    return bottle.HTTPResponse(encode(value), status,
-                               {**headers, 'Content-Type': 'application/json', 'Cache-Control': 'no-store'})
-
-
-def read_query(schemas, name, text):
-    """Return the query as a checked dict: lists, integers and booleans where the schema has them."""
-    properties = schemas.documents[name]['properties']
-    query = {}
-    for key, values in urllib.parse.parse_qs(text, keep_blank_values=True).items():
-        kind = properties.get(key, {}).get('type')
-        last = values[-1]
-        if kind == 'array':
-            query[key] = values
-        elif kind == 'integer' and re.fullmatch(r'-?\d{1,15}', last):
-            query[key] = int(last)
-        elif kind == 'boolean' and last in ('true', 'false', '1', '0', ''):
-            query[key] = last in ('true', '1', '')
-        else:
-            query[key] = last
-    schemas.check(name, query, where='query')
-    return query
-
-
-def read_body(schemas, name, environ):
-    """Return the JSON body, checked, with sizes in bytes; raise ValidationError, or UnsupportedMediaType when
-    it says that it is something else."""
-    media_type = environ.get('CONTENT_TYPE', '').partition(';')[0].strip().lower()
-    if media_type != 'application/json' and not media_type.endswith('+json'):
-        raise UnsupportedMediaType(f"The Content-Type is {quoted(media_type) if media_type else 'missing'}, "
-                                   'but has to be application/json.')
-    value = parse_json(environ['wsgi.input'].read())
-    for key, schema in schemas.properties(name) if isinstance(value, dict) else ():
-        if schema.get('x-trim') and isinstance(value.get(key), str):
-            value[key] = value[key].strip()
-        if schema.get('format') == 'bytes' and isinstance(value.get(key), str):
-            with contextlib.suppress(ValueError):  # what is no size the schema refuses, too
-                value[key] = parse_size(value[key])
-    schemas.check(name, value)
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
 # Server
 # ---------------------------------------------------------------------------------------------
-
-MAX_CONNECTIONS = 5000
 
 
 @dataclass
@@ -697,6 +851,13 @@ class Backend:
     workspaces: Workspaces
     keeper: Keeper
     tasks: Tasks
+    activity: Activity
+    execs: Execs
+    detached: Detached
+    files: Files
+    terminals: Terminals
+    access: Access
+    repeats: Repeats
     streams: Streams
     pages: Pages
     tickets: Tickets = field(default_factory=Tickets)
@@ -745,96 +906,37 @@ def make_backend(config):
     tasks = Tasks(config, state, events, engine, claim)
     keeper.on_connected.append(tasks.resume)
     keeper.on_changed.append(tasks.sweep_up)
+    activity, access = Activity(state), Access(state, engine)
+    execs = Execs(config, state, engine, activity)
+    detached = Detached(config, engine, Runs(engine, config.workspace_base_path), access, execs, activity)
+    keeper.on_connected.append(engine.remove_helpers)
     schemas = Schemas(DATA / 'schemas')
     frame = json.loads((DATA / 'static' / 'openapi-frame.json').read_text())
     pages = Pages(DATA / 'static', openapi_document(ROUTES, schemas, frame))
-    return Backend(config, schemas, state, events, client, engine, templates, logs, probes, workspaces,
-                   keeper, tasks, Streams(config.max_streams), pages)
+    backend = Backend(config, schemas, state, events, client, engine, templates, logs, probes, workspaces,
+                   keeper, tasks, activity, execs, detached,
+                   Files(config, engine, access, activity),
+                   Terminals(config, engine, access, activity), access,
+                   Repeats(state), Streams(config.max_streams), pages)
+    keeper.on_expiring.append(lambda workspace: note_activity(backend, workspace))
+    return backend
 
 
 def make_app(backend):
     """Return the WSGI callable, to be served here or mounted in another program."""
-    def talk(websocket, trusted):
-        open_websocket(backend, Call({}, {}, None, trusted, None, websocket=websocket))
-    return Gate(backend.config, Application(backend), backend.tickets, talk)
-
-
-class Server:
-    """The backend behind a port."""
-
-    def __init__(self, backend):
-        self.backend = backend
-        config = backend.config
-        app = make_app(backend)
-
-        class Connection(Handler):
-            request_timeout = config.request_timeout
-            may_upgrade = staticmethod(app.may_upgrade)
-
-            @staticmethod
-            def refusal(status, text):
-                return encode(view_error(ValidationError(text)))
-
-        self._server = WSGIServer((config.host, config.port), app, handler_class=Connection,
-                                  spawn=gevent.pool.Pool(MAX_CONNECTIONS),
-                                  log=None, error_log=logging.getLogger('agentbackend.http'))
-        self._stopping = gevent.event.Event()
-        self._lock_file = None
-
-    def open(self):
-        """Take the instance's lock and the port, and begin; raise ConfigError when another has one of
-        them."""
-        self._lock_instance()
-        config = self.backend.config
+    def talk(route, environ, trusted):
+        websocket, path = environ['wsgi.websocket'], application.match(environ)[1]
         try:
-            self._server.init_socket()
-        except OSError as error:
-            raise ConfigError(f'PORT={config.port}: the server cannot listen on HOST={config.host}: '
-                              f'{error.strerror}.') from error
-        try:
-            self.backend.load()
-            self._server.start()
-            self.backend.open()
-        except OSError as error:
-            raise ConfigError(f'STATE_DIR={config.state_dir!r} cannot be used: {error.strerror}.') from error
-        except InstanceTaken as error:
-            raise ConfigError(str(error)) from error
-        return self
-
-    @property
-    def port(self):
-        """The port that it listens on, which PORT=0 leaves to the system."""
-        return self._server.server_port
-
-    def wait(self):
-        """Serve until SIGTERM or SIGINT comes."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            gevent.signal_handler(number, self._stopping.set)
-        self._stopping.wait()
-
-    def close(self):
-        """Take no more calls, let those that go on end, and put everything away."""
-        self._server.close()
-        self.backend.streams.close()
-        self._server.stop(timeout=8)
-        self.backend.close()
-        if self._lock_file:
-            self._lock_file.close()
-
-    def _lock_instance(self):
-        """Two servers of one instance would remove each other's half-made workspaces."""
-        path = Path(self.backend.config.state_dir) / f'{self.backend.config.instance}.lock'
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock_file = open(path, 'a')
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f'INSTANCE={self.backend.config.instance!r}: another server of that name runs '
-                              'on this STATE_DIR; '
-                              'stop it, or choose another INSTANCE and PORT.') from error
-        except OSError as error:
-            raise ConfigError(f'STATE_DIR={self.backend.config.state_dir!r} cannot be used: '
-                              f'{error.strerror}.') from error
+            query = {} if route.open else read_query(backend.schemas, route.query,
+                                                     environ.get('QUERY_STRING', ''))
+            route.handler(backend, Call(path, query, None, trusted, None, websocket=websocket))
+        except errors.BackendError as error:
+            with contextlib.suppress(WebSocketError):
+                told = {'type': 'error', 'code': error.code, 'message': str(error)}
+                websocket.send_frame(encode(told)[:-1], websocket.OPCODE_TEXT)
+            websocket.close(POLICY, 'refused')
+    application = Application(backend, ROUTES)
+    return Gate(backend.config, application, backend.tickets, talk)
 
 
 def address_of(config, port):
@@ -846,7 +948,7 @@ def address_of(config, port):
 def serve(config):
     """Run a server until it is told to stop."""
     backend = make_backend(config)
-    server = Server(backend)
+    server = Server(backend, make_app(backend))
     backend.keeper.on_ready.append(lambda: log.info('Ready. Open %s/', address_of(config, server.port)))
     server.open()
     log.info('Agent Backend %s serves http://%s:%d', VERSION,
@@ -870,7 +972,7 @@ def main():
         # Each stream is an open file, and 1024 is a common limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         serve(config)
-    except ConfigError as error:
+    except errors.ConfigError as error:
         print(f'agentbackend: {error}', file=sys.stderr)
         sys.exit(2)
 

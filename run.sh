@@ -37,12 +37,13 @@ need() {
     fi
 }
 
-# It carries the script that /openapi shows; the Flask that it would bring along is not needed for that.
+# They carry the scripts of /openapi and of the terminal; what they would bring along is not needed for that.
 SCALAR='flask-openapi3-scalar>=1.44.15'
+XTERM='nicegui>=3.18.0'
 
 make_venv() {
     local wanted
-    wanted=$(python3 --version; pwd; echo "$SCALAR"; sha256sum setup.cfg pyproject.toml)
+    wanted=$(python3 --version; pwd; echo "$SCALAR $XTERM"; sha256sum setup.cfg pyproject.toml)
     [ "$(cat .venv/stamp 2>/dev/null)" = "$wanted" ] && return
     say "making .venv"
     rm -rf .venv
@@ -52,7 +53,7 @@ make_venv() {
         python3 -m venv .venv
     fi
     .venv/bin/pip install -qq --disable-pip-version-check -e '.[test]'
-    .venv/bin/pip install -qq --disable-pip-version-check --no-deps "$SCALAR"
+    .venv/bin/pip install -qq --disable-pip-version-check --no-deps "$SCALAR" "$XTERM"
     echo "$wanted" >.venv/stamp
 }
 

@@ -1,4 +1,5 @@
 """Who listens: SSE and WebSocket clients."""
+import collections
 import contextlib
 import io
 import logging
@@ -13,8 +14,8 @@ from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, EverythingFeed, Workspa
 from _agentbackend.gate import WRONG_TOKEN, same_secret
 from _agentbackend.positions import Cursor
 from _agentbackend.schemas import parse_json
-from _agentbackend.timing import Turn
-from _agentbackend.views import RETRY
+from _agentbackend.timing import Turn, with_pauses
+from _agentbackend.views import RETRY, encode
 from _agentbackend.wire import GOING_AWAY, POLICY, WebSocketError
 
 log = logging.getLogger('agentbackend')
@@ -24,6 +25,7 @@ MAX_SUBSCRIPTIONS = 100  # of one WebSocket
 MAX_STRANGERS = 100  # WebSockets that have yet to show the token
 AUTH_TIMEOUT = 10  # seconds they have for that
 CHECK_PAUSE = 3  # seconds
+LEAVING_PAUSE = 1  # seconds after which it is noticed at the latest that a client has left
 SSE_HEADERS = {'Content-Type': 'text/event-stream; charset=utf-8', 'Cache-Control': 'no-cache',
                'X-Accel-Buffering': 'no'}
 
@@ -93,6 +95,47 @@ def counted(streams):
         yield
 
 
+class Leaving:
+    """Notes that a client has left, so that the parts of its answer end, which may be long in coming."""
+
+    def __init__(self):
+        self._left = False
+
+    def cut(self):
+        """Take note that it has left."""
+        self._left = True
+
+    def close(self):
+        """Do nothing: the parts put away what they need."""
+
+    def parts(self, items):
+        """Yield the parts of its answer while it is there."""
+        for item in with_pauses(items, LEAVING_PAUSE):
+            if self._left:
+                return
+            if item is not None:
+                yield item
+
+
+class Closing:
+    """The parts of an answer that stand for something at work: when the client leaves it is cut off, and
+    when the answer ends it is closed, also one that never began."""
+
+    def __init__(self, parts, work, watch_disconnect):
+        self._parts = parts
+        self._work = work
+        self._watcher = watch_disconnect(work.cut)
+
+    def __iter__(self):
+        return self._parts
+
+    def close(self):
+        """Put all of it away."""
+        self._watcher.close()
+        self._work.close()
+        getattr(self._parts, 'close', lambda: None)()
+
+
 def sse_stream(opened):
     """Yield the text of an SSE stream from an opened Feed; a heartbeat when nothing comes for a while, since
     only a write finds some of the dead."""
@@ -111,6 +154,13 @@ def sse_stream(opened):
             elif time.monotonic() - written >= HEARTBEAT - 1:
                 yield b': still here\n\n'
                 written = time.monotonic()
+
+
+def event_stream(events):
+    """Yield objects that are no events of a workspace as SSE text; None is a sign of life."""
+    yield b': events\n\n'
+    for event in events:
+        yield b': still here\n\n' if event is None else b'data: %s\n\n' % encode(event)[:-1]
 
 
 def text_stream(opened):
@@ -133,6 +183,7 @@ class WebSocketClient:
         self._came_at = time.monotonic()
         self._feeds = {}  # topic -> Feed
         self._catching_up = set()  # of those that are behind
+        self._held = collections.defaultdict(list)  # feed that catches up -> what was held for it
         self._writer = None
         self._due = gevent.event.Event()
         self._ping_is_due = False
@@ -205,7 +256,11 @@ class WebSocketClient:
         elif kind == 'subscribe':
             self._subscribe(message)
         elif kind == 'unsubscribe':
-            self._unsubscribe(self._topic(message['workspaceId']))
+            topic = self._topic(message['workspaceId'])
+            held = self._held.pop(self._feeds.get(topic), [])
+            self._unsubscribe(topic)
+            with contextlib.suppress(WebSocketError):
+                self._send(held)
 
     def _topic(self, name):
         return EVERYTHING if name == EVERYTHING else self._backend.state.get(name).id
@@ -248,19 +303,30 @@ class WebSocketClient:
                 if self._ping_is_due:
                     self._ping_is_due = False
                     self._socket.ping()
-                followed = set(self._feeds)
                 for feed in [feed for feed in self._feeds.values() if feed not in self._catching_up]:
-                    # A status is told once, though it is of all and of one that is followed.
-                    self._send([batch for batch in feed.take() if feed.name == batch.workspace_id
-                                or batch.workspace_id not in followed])
+                    batches = feed.take()
+                    self._send(self._untold(batches) if feed.name == EVERYTHING else batches)
                     if feed.behind:
                         self._catch_up(feed)
-                if not self._due.wait(1):
+                # It may have been set in the moment in which the time was over.
+                if not self._due.wait(1) and not self._due.is_set():
                     return
         except WebSocketError as error:
             log.debug('A WebSocket client is gone: %s', error)
         finally:
             self._writer = None
+
+    def _untold(self, batches):
+        """Return those statuses of all workspaces that are not told by the feed of one that is followed: a
+        status comes once. While that feed catches up they are held, since it may end before."""
+        untold = []
+        for batch in batches:
+            feed = self._feeds.get(batch.workspace_id)
+            if feed is None:
+                untold.append(batch)
+            elif feed in self._catching_up:
+                self._held[feed].append(batch)
+        return untold
 
     def _catch_up(self, feed):
         """Let a greenlet send what a feed has missed; one that is in the ring is not worth the memory."""
@@ -280,6 +346,7 @@ class WebSocketClient:
             self._say('error', feed.name, {'code': error.code, 'message': str(error)})
         finally:
             self._catching_up.discard(feed)
+            self._held.pop(feed, None)
         self._wake()
 
     def _send(self, batches):

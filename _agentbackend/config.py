@@ -177,6 +177,13 @@ class Config:
                              'How many ended tasks are kept, with their transcripts; the oldest go first.')
     keep_runs_for: float = setting('7776000', parse_seconds, 'Seconds that an ended task is kept: 90 days.')
     agent_max_tasks: int = setting('8', parse_count, 'How many tasks may run at once.')
+    exec_max_output: int = setting('1m', parse_size,
+                                   'How much of stdout and of stderr the answer of a command holds; streams '
+                                   'have no such limit.')
+    exec_max_commands: int = setting('256', parse_count,
+                                     'How many commands may run at once for clients that wait for them; also '
+                                     'how many detached ones in a workspace.')
+    max_terminals: int = setting('20', parse_count, 'How many terminals a workspace may have.')
     anthropic_api_key: str = setting('', str,
                                      'Key for Claude. It is given to an agent when it starts, and to nothing '
                                      'else in the workspace.')

@@ -5,6 +5,7 @@ import logging
 import os
 import pwd
 import re
+import socket
 import tarfile
 
 import docker
@@ -136,12 +137,10 @@ class DockerClient:
             if content:
                 yield content
 
-    def attach(self, exec_id, data=b''):
-        """Start a command that was created, give it data on stdin, and yield (stream, bytes) of what it
-        prints until it ends.
-
-        Its stdin is not closed: it has to know how much it will be given.
-        """
+    @contextlib.contextmanager
+    def attached(self, exec_id):
+        """Start a command that was created, and give the Attached to it for the length of a block; its stdin
+        ends with that."""
         # docker-py's own exec_start() may lose what came in one packet with the answer's headers.
         answer = self.api._post_json(self.api._url('/exec/{0}/start', exec_id),
                                      data={'Tty': False, 'Detach': False},
@@ -149,9 +148,18 @@ class DockerClient:
                                      timeout=None)
         with contextlib.closing(answer):
             self.api._raise_for_status(answer)
-            sending = gevent.spawn(send, answer.raw._fp.fp.raw._sock, data) if data else None
+            yield Attached(answer.raw._fp.fp)
+
+    def attach(self, exec_id, data=b''):
+        """Start a command that was created, give it data on stdin, and yield (stream, bytes) of what it
+        prints until it ends.
+
+        Its stdin is not closed: it has to know how much it will be given.
+        """
+        with self.attached(exec_id) as attached:
+            sending = gevent.spawn(send, attached, data) if data else None
             try:
-                yield from read_frames(answer.raw._fp.fp)
+                yield from attached
             finally:
                 if sending is not None:
                     sending.kill()
@@ -184,7 +192,29 @@ def dechunk(data):
     return b''.join(parts), data[start:], False
 
 
-def send(sock, data):
+class Attached:
+    """A command that runs in a container, with its stdin and what it prints."""
+
+    def __init__(self, file):
+        self._file = file
+        self._socket = file.raw._sock
+
+    def __iter__(self):
+        """Yield (stream, bytes) of what it prints until it ends, or the connection is cut."""
+        with contextlib.suppress(OSError):
+            yield from read_frames(self._file)
+
+    def sendall(self, data):
+        """Write to its stdin; waits until it is taken. Raises OSError when the command has ended."""
+        self._socket.sendall(data)
+
+    def cut(self):
+        """End the connection, from whichever greenlet: its stdin ends, and so does who reads here."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def send(target, data):
     """Send all of it, unless the other side goes away first."""
     with contextlib.suppress(OSError):
-        sock.sendall(data)
+        target.sendall(data)

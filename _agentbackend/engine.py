@@ -6,6 +6,7 @@ import collections
 import contextlib
 import io
 import json
+import secrets
 import tarfile
 import tempfile
 import time
@@ -32,6 +33,7 @@ MIN_SHARED = 64 * 2**20  # bytes of shared memory, of which a browser needs more
 INFO_TIMEOUT = 10  # seconds
 RUN_TIMEOUT = 60  # seconds that a short command may take
 REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
+HELPER_LIFE = 6 * 3600  # seconds
 MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
 LINES_AT_ONCE = 200  # of a log, when they are not waited for
 MAX_TAIL = 100_000  # last lines that are counted; of more, the pieces that the engine counts
@@ -54,6 +56,7 @@ class Container:
     created_at: float
     memory: int
     cpus: float
+    image: str = ''
     volumes: tuple = ()  # names of those that are mounted
     ports: frozenset = frozenset()  # of the host, on which something of it is published
 
@@ -183,7 +186,7 @@ class Engine:
             started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
             out_of_memory=bool(state.get('OOMKilled')), tty=bool(config.get('Tty')),
             created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
-            cpus=(limits.get('NanoCpus') or 0) / 1e9,
+            cpus=(limits.get('NanoCpus') or 0) / 1e9, image=found.get('Image', ''),
             volumes=tuple(mount['Name'] for mount in found.get('Mounts') or ()
                           if mount.get('Type') == 'volume'),
             ports=frozenset(int(binding['HostPort'])
@@ -332,12 +335,49 @@ class Engine:
 
         The volume by which it is known goes last: what a crash leaves is removed by the next try.
         """
+        self.remove_helpers(workspace_id)
         for container in self._ours(f'{PREFIX}.id={workspace_id}'):
             self.remove_container(container.id)
         for name in (self.home_of(workspace_id), self.volume_of(workspace_id)):
             if self._is_volume(name, workspace_id):
                 with self._errors():
                     self._until_gone(self._api.remove_volume, self._api.inspect_volume, name, force=True)
+
+    # Helpers: containers that live for moments, beside one that is stopped
+
+    @contextlib.contextmanager
+    def helper(self, container, workspace_id):
+        """Give the id of a container that runs for the length of a block, with image and volumes of another.
+
+        It ends by itself, so that a server that was killed leaves none for long.
+        """
+        with self._errors(), self._starts:
+            found = self._api.inspect_container(container.id)
+            mounts = [docker.types.Mount(target=mount['Destination'], source=mount['Name'], type='volume')
+                      for mount in found['Mounts'] if mount.get('Type') == 'volume']
+            host_config = self._api.create_host_config(
+                mounts=mounts, network_mode='none', init=True, auto_remove=True, cap_drop=['ALL'],
+                security_opt=['no-new-privileges'])
+            helper = self._api.create_container(
+                container.image, entrypoint=['sleep', str(HELPER_LIFE)], host_config=host_config,
+                name=f'{PREFIX}-helper-{secrets.token_hex(8)}', environment=found['Config']['Env'] or [],
+                labels={f'{PREFIX}.instance': self.instance, f'{PREFIX}.helper': workspace_id})['Id']
+        try:
+            with self._errors(), self._starts:
+                self._api.start(helper)
+            yield helper
+        finally:
+            with contextlib.suppress(DockerError):
+                self.remove_container(helper)
+
+    def remove_helpers(self, workspace_id=None):
+        """Remove the helpers of a workspace, or all of this instance."""
+        label = f'{PREFIX}.helper' + (f'={workspace_id}' if workspace_id else '')
+        with self._errors():
+            found = self._api.containers(all=True, filters={'label': [
+                label, f'{PREFIX}.instance={self.instance}']})
+        for item in found:
+            self.remove_container(item['Id'])
 
     @staticmethod
     def _until_gone(remove, inspect, name, **options):
@@ -458,8 +498,8 @@ class Engine:
         if batch:
             yield batch
 
-    def run(self, container_id, command, *, user='', stdin=b'', timeout=None):
-        """Run a short command in a container; return (exit code, the first 64 KB that it printed on stdout).
+    def run(self, container_id, command, *, user='', stdin=b'', timeout=None, limit=MAX_PRINTED):
+        """Run a short command in a container; return (exit code, the first `limit` bytes on its stdout).
 
         What it is given on stdin shows nowhere, its arguments do. Its stdin stays open behind that.
         """
@@ -469,7 +509,7 @@ class Engine:
         with self._errors(), gevent.Timeout(timeout, late):
             running = self._api.exec_create(container_id, command, stdin=bool(stdin), stderr=False, user=user)
             for _, data in self._client.attach(running['Id'], stdin):
-                printed += data[:MAX_PRINTED - len(printed)]
+                printed += data[:limit - len(printed)]
             return self._api.exec_inspect(running['Id'])['ExitCode'], bytes(printed)
 
     def run_detached(self, container_id, command, *, user, env, workdir):
@@ -488,6 +528,17 @@ class Engine:
         with self._errors():
             running = self._api.exec_create(container_id, command, stdin=True, user=user, environment=env)
             yield from self._client.attach(running['Id'])
+
+    @contextlib.contextmanager
+    def attached(self, container_id, command, *, user, env=None):
+        """Run a command in a container for the length of a block, which is given its dockerclient.Attached.
+
+        Raises MissingOnEngine and ConflictOnEngine when the container is gone, or does not run.
+        """
+        with self._errors():
+            running = self._api.exec_create(container_id, command, stdin=True, user=user, environment=env)
+            with self._client.attached(running['Id']) as attached:
+                yield attached
 
     def usage(self, container_id):
         """Yield {cpu_percent, memory, memory_limit} once a second until the container ends; CPU in percent

@@ -68,6 +68,43 @@ class SessionNotFound(BackendError):
         super().__init__('Session not found', details=[{'path': 'id', 'message': said}])
 
 
+class ExecNotFound(BackendError):
+    """No detached command has that id."""
+
+    status, code = 404, 'EXEC_NOT_FOUND'
+
+    def __init__(self, name):
+        said = f"there is no command '{name[:MAX_QUOTED]}'; GET /api/workspaces/<id>/exec lists them"
+        super().__init__('Command not found', details=[{'path': 'execId', 'message': said}])
+
+
+class TerminalNotFound(BackendError):
+    """No terminal has that name."""
+
+    status, code = 404, 'TERMINAL_NOT_FOUND'
+
+    def __init__(self, name):
+        said = f"there is no terminal '{name[:MAX_QUOTED]}'; GET /api/workspaces/<id>/terminals lists them"
+        super().__init__('Terminal not found', details=[{'path': 'name', 'message': said}])
+
+
+class FileMissing(BackendError): status, code = 404, 'FILE_NOT_FOUND'
+class FileExists(BackendError): status, code = 409, 'FILE_EXISTS'
+
+
+class NotAFolder(BackendError): status, code = 409, 'NOT_A_FOLDER'
+class NotAFile(BackendError): status, code = 409, 'NOT_A_FILE'
+
+
+class PreconditionFailed(BackendError): status, code = 412, 'PRECONDITION_FAILED'
+class RangeNotSatisfiable(BackendError): status, code = 416, 'VALIDATION_ERROR'
+
+
+class IdempotencyConflict(BackendError): status, code = 409, 'IDEMPOTENCY_CONFLICT'
+class KeyReused(IdempotencyConflict): status = 422
+class WaitTimeout(BackendError): status, code = 504, 'WAIT_TIMEOUT'
+
+
 class SessionBusy(BackendError): status, code = 409, 'SESSION_BUSY'
 
 

@@ -24,9 +24,12 @@ from _agentbackend.views import encode, view_error
 from _agentbackend.wire import read_up_to
 
 METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE')
-CORS_HEADERS = 'Authorization, Content-Type, Last-Event-ID'
-CORS_EXPOSED = 'Location, X-Session-Id, X-Run-Id, Allow, WWW-Authenticate, Retry-After'
+CORS_HEADERS = ('Authorization, Content-Type, Last-Event-ID, Idempotency-Key, Prefer, If-Match, '
+                'If-None-Match, If-Range, Range')
+CORS_EXPOSED = ('Location, X-Session-Id, X-Run-Id, X-Exit-Code, Allow, WWW-Authenticate, Retry-After, ETag, '
+                'Content-Range, Content-Disposition, Idempotent-Replayed, Preference-Applied')
 TICKET_LIFE = 30  # seconds
+PIECE = 2**17  # bytes of a body that is taken piece by piece
 WRONG_TOKEN = "This token is not the server's API_TOKEN."
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?', re.ASCII)
 
@@ -65,8 +68,8 @@ class Gate:
     """A WSGI callable in front of the application. The route that a request asks for decides what is taken
     from whom.
 
-    `app.find(method, path)` gives the route or None; `talk(websocket, trusted)` serves a WebSocket until it
-    ends.
+    `app.find(method, path)` gives the route or None; `talk(route, environ, trusted)` serves a WebSocket until
+    it ends.
     """
 
     def __init__(self, config, app, tickets, talk):
@@ -96,7 +99,7 @@ class Gate:
             if environ['REQUEST_METHOD'] == 'OPTIONS':
                 return self._options(environ, path, start)
             route = self._app.find(environ['REQUEST_METHOD'], path)
-            trusted = environ['agentbackend.trusted'] = self._is_trusted(environ, route)
+            trusted = self._is_trusted(environ, route)
             if not trusted and not (route and route.open):
                 shown = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
                 raise Unauthorized(WRONG_TOKEN if shown[0].lower() == 'bearer' and shown[2].strip() else
@@ -105,9 +108,12 @@ class Gate:
                                    headers={'WWW-Authenticate': 'Bearer'})
             if environ.get('wsgi.websocket') is not None:
                 # Not by way of Bottle: as long as it lasted, it would hold what Bottle keeps of a request.
-                self._talk(environ['wsgi.websocket'], trusted)
+                self._talk(route, environ, trusted)
                 return []
-            self._take_body(environ)
+            if route is not None and route.upload:
+                environ['agentbackend.upload'] = self._pieces(environ)
+            else:
+                self._take_body(environ)
         except BackendError as error:
             return self._refuse(environ, start, error)
         return self._app(environ, start)
@@ -120,7 +126,8 @@ class Gate:
             route = self._app.find('GET', decoded_path(environ))
         except (Forbidden, NotFound):
             return False
-        return route is not None and route.websocket
+        # A stranger is told so by an answer, unless it is over the WebSocket that he says who he is.
+        return route is not None and route.websocket and (route.open or self._is_trusted(environ, route))
 
     def check_host_and_origin(self, environ):
         """Raise Forbidden for a Host that is not ours (DNS rebinding) or a web page of an Origin that is not
@@ -156,6 +163,8 @@ class Gate:
     def _is_trusted(self, environ, route):
         """Tell whether the token was shown, or a ticket for a stream, which is taken out of the query in any
         case."""
+        if 'agentbackend.trusted' in environ:  # decided before it became a WebSocket
+            return environ['agentbackend.trusted']
         scheme, _, token = environ.get('HTTP_AUTHORIZATION', '').partition(' ')
         trusted = not self._config.api_token or (
             scheme.lower() == 'bearer' and same_secret(token.strip(), self._config.api_token))
@@ -166,6 +175,7 @@ class Gate:
             environ['QUERY_STRING'] = urllib.parse.urlencode(others)
             if route is not None and route.takes_tickets and environ['REQUEST_METHOD'] == 'GET':
                 trusted = any([self._tickets.redeem(ticket) for ticket in tickets]) or trusted
+        environ['agentbackend.trusted'] = trusted
         return trusted
 
     def _options(self, environ, path, start):
@@ -209,6 +219,24 @@ class Gate:
         environ['wsgi.input'] = io.BytesIO(body)
         environ['CONTENT_LENGTH'] = str(len(body))
         environ.pop('HTTP_TRANSFER_ENCODING', None)  # Bottle would take the chunks apart a second time
+
+    def _pieces(self, environ):
+        """Yield the body piece by piece, as fast as it is taken; each has to come in time."""
+        left = None if 'HTTP_TRANSFER_ENCODING' in environ else int(environ.get('CONTENT_LENGTH') or 0)
+        slow = RequestTimeout('Nothing of the body came within '
+                              f'REQUEST_TIMEOUT={self._config.request_timeout} s.',
+                              headers={'Connection': 'close'})
+        while left is None or left > 0:
+            try:
+                with gevent.Timeout(self._config.request_timeout, slow):
+                    data = environ['wsgi.input'].read(PIECE if left is None else min(PIECE, left))
+            except OSError as error:
+                raise ValidationError('The request body was truncated, or its chunked encoding is malformed.',
+                                      headers={'Connection': 'close'}) from error
+            if not data:
+                return
+            left = None if left is None else left - len(data)
+            yield data
 
     @staticmethod
     def _too_large(limit):

@@ -53,6 +53,7 @@ class Keeper:
         self.problems = {}  # what is wrong -> in words, for /health
         self.on_connected = []  # called when the engine answers, after `reconcile`
         self.on_ready = []  # called once, when the images of PREBUILD are there too
+        self.on_expiring = []  # called with a workspace that lives by its activity, before it is deleted
         self.on_changed = []  # called with the id of a workspace whose container has changed
         self._first_try = True
         self._loops = []
@@ -290,18 +291,28 @@ class Keeper:
             expires_at = workspace.expires_at or now + 1
             if workspace.type == AGENT and workspace.status == RUNNING and expires_at <= now:
                 self._note_editor(workspace)
+                for listener in self.on_expiring:
+                    with contextlib.suppress(DockerError):
+                        listener(workspace)
         self._workspaces.expire(now)
         for workspace in self._state.all():
             if workspace.status not in SETTLED and not self._workspaces.has_job(workspace.id):
                 self._workspaces.go_on(workspace)
 
     def _note_editor(self, workspace):
-        """Count an open editor as activity: code-server notes its heartbeat, in milliseconds since the
-        epoch."""
+        """Count an open editor as activity."""
+        with contextlib.suppress(Superseded):
+            beat = self.editor_seen(workspace)
+            if beat and workspace.last_activity_at < beat:
+                self._state.update(workspace.id, flush=False, last_activity_at=beat)
+
+    def editor_seen(self, workspace):
+        """Return when the editor of a workspace was last open, or None: code-server notes its heartbeat, in
+        milliseconds since the epoch."""
         # Whatever runs in there may answer in its place.
-        with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError, Superseded,
+        with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError,
                                  DockerError):
             health = self._probes.health(workspace, workspace.container_id)
             beat, now = json.loads(health)['lastHeartbeat'] / 1000, time.time()
-            if workspace.last_activity_at < beat < now + CLOCK_SKEW:
-                self._state.update(workspace.id, flush=False, last_activity_at=min(beat, now))
+            return min(beat, now) if 0 < beat < now + CLOCK_SKEW else None
+        return None

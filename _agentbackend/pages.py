@@ -6,12 +6,15 @@ import http
 import importlib.util
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from _agentbackend import VERSION
 from _agentbackend.errors import (
     BackendError,
     Forbidden,
+    IdempotencyConflict,
+    KeyReused,
     NotFound,
     PayloadTooLarge,
     RequestTimeout,
@@ -28,9 +31,23 @@ from _agentbackend.views import RETRY
 # ---------------------------------------------------------------------------------------------
 
 EVENT_STREAM, PLAIN_TEXT, JSON_TYPE = 'text/event-stream', 'text/plain', 'application/json'
+OCTETS, ANY_TYPE = 'application/octet-stream', '*/*'
 EVERYWHERE = (ValidationError, UriTooLong, Forbidden, BackendError)  # errors that each route has
 WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
 HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
+
+
+@dataclass(frozen=True)
+class StreamOf:
+    """A stream of server-sent events that are not the workspaces', by the name of their schema."""
+
+    schema: str
+
+
+def kinds_of(route, status=None):
+    """Return what a route may answer with, at all or with one status: schemas and media types."""
+    wanted = route.answers.values() if status is None else [route.answers[status]]
+    return [kind for kinds in wanted for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
 
 
 def openapi_document(routes, schemas, frame):
@@ -98,7 +115,7 @@ def referring(node, titles, name):
 def envelopes(routes, titles):
     """Return the envelopes in which the routes put their data, as components."""
     wanted = {titles[name] for route in routes if not route.bare
-              for name in route.answers.values() if name in titles}
+              for name in kinds_of(route) if name in titles}
     return {f'{title}Answer': {
         'type': 'object', 'description': f'{title}, in the envelope of all answers.',
         'required': ['success', 'data'],
@@ -123,9 +140,13 @@ def operation(route, schemas, titles, frame):
     if route.body:
         shown['requestBody'] = {'required': True, 'content': {JSON_TYPE: {
             'schema': schema_ref(titles[route.body]), 'examples': frame['examples'][route.body]}}}
+    if route.upload:
+        shown['requestBody'] = {'required': True, 'content': {OCTETS: {
+            'schema': {'type': 'string', 'format': 'binary'}, 'example': frame['examples'][OCTETS]}}}
     if route.websocket:
-        shown['x-websocket'] = {'send': schema_ref(titles['websocket-message']),
-                                'receive': schema_ref(titles['any-event'])}
+        send, receive = (('websocket-message', 'any-event') if route.open
+                         else ('terminal-message', 'terminal-event'))
+        shown['x-websocket'] = {'send': schema_ref(titles[send]), 'receive': schema_ref(titles[receive])}
     shown['responses'] = {str(status): answer(route, status, schemas, titles, frame['examples'])
                           for status in route.answers} | failures(route)
     return shown
@@ -143,31 +164,47 @@ def parameters_of(route, schemas, titles, known):
         words = {key: value for key, value in schema.items() if key != 'description'}
         yield {'name': name, 'in': 'query', 'required': name in document.get('required', ()),
                'description': schema.get('description', ''), 'schema': words}
-    if route.method == 'GET' and EVENT_STREAM in route.answers.values():
+    if route.method == 'POST':
+        yield {'$ref': '#/components/parameters/Idempotency-Key'}
+    if route.query == 'wait-query' and route.method == 'POST':
+        yield {'$ref': '#/components/parameters/Prefer'}
+    if route.method == 'GET' and EVENT_STREAM in kinds_of(route):
         yield {'$ref': '#/components/parameters/Last-Event-ID'}
         yield {'$ref': '#/components/parameters/ticket'}
 
 
 def answer(route, status, schemas, titles, examples):
     """Return what the document says of one way in which a route succeeds."""
-    wanted = route.answers[status]
     shown = {'description': http.HTTPStatus(status).phrase}
     if route.headers:
         shown['headers'] = {name: {'$ref': f'#/components/headers/{name}'} for name in route.headers}
-    if wanted == EVENT_STREAM:
+    content = {}
+    for kind in filter(None, kinds_of(route, status)):
+        content |= content_of(kind, route, schemas, titles, examples)
+    return shown | ({'content': content} if content else {})
+
+
+def content_of(kind, route, schemas, titles, examples):
+    """Return what the document says of one form of an answer, by its media type."""
+    if kind == EVENT_STREAM:
         lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n"
                         for example in schemas.documents['event']['examples'])
-        shown['content'] = {EVENT_STREAM: {'schema': schema_ref(titles['event-stream']),
-                                           'example': f': events\n\nretry: {RETRY}\n{lines}'}}
-    elif wanted in titles:
-        title = titles[wanted] if route.bare else f'{titles[wanted]}Answer'
-        example = example_of(schemas.documents, wanted)
-        shown['content'] = {JSON_TYPE: {'schema': schema_ref(title), 'example': example if route.bare
-                                        else {'success': True, 'data': example}}}
-    elif wanted:
-        shown['content'] = {wanted: {'schema': {'type': 'object' if wanted == JSON_TYPE else 'string'},
-                                     'example': examples[wanted]}}
-    return shown
+        return {EVENT_STREAM: {'schema': schema_ref(titles['event-stream']),
+                               'example': f': events\n\nretry: {RETRY}\n{lines}'}}
+    if isinstance(kind, StreamOf):
+        lines = ''.join(f'data: {json.dumps(example)}\n\n'
+                        for example in schemas.documents[kind.schema]['examples'])
+        return {EVENT_STREAM: {'schema': {'type': 'string', 'contentMediaType': EVENT_STREAM,
+                                          'contentSchema': schema_ref(titles[kind.schema])},
+                               'example': f': events\n\n{lines}'}}
+    if kind in titles:
+        title = titles[kind] if route.bare else f'{titles[kind]}Answer'
+        example = example_of(schemas.documents, kind)
+        return {JSON_TYPE: {'schema': schema_ref(title),
+                            'example': example if route.bare else {'success': True, 'data': example}}}
+    binary = {'format': 'binary'} if kind not in (JSON_TYPE, PLAIN_TEXT) else {}
+    return {kind: {'schema': {'type': 'object' if kind == JSON_TYPE else 'string', **binary},
+                   'example': examples[kind]}}
 
 
 def example_of(documents, name):
@@ -180,7 +217,9 @@ def example_of(documents, name):
 def errors_of(route):
     """Return the errors that a route may answer with."""
     return {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)),
-            *(WITH_A_BODY if route.body else ()), *(() if route.method == 'GET' else (StateNotWritten,))}
+            *(WITH_A_BODY if route.body else ()), *((RequestTimeout,) if route.upload else ()),
+            *(() if route.method == 'GET' else (StateNotWritten,)),
+            *((IdempotencyConflict, KeyReused) if route.method == 'POST' else ())}
 
 
 def failures(route):
@@ -209,12 +248,19 @@ SAFE_HEADERS = {
     'Cross-Origin-Resource-Policy': 'same-origin',
     'Content-Security-Policy':
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 # Scalar writes its styles into the page, and compiles templates of its own making.
 REFERENCE_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace(
     "style-src 'self'", "style-src 'self' 'unsafe-inline'").replace('img-src', 'font-src data:; img-src')
-SCALAR = 'flask_openapi3_scalar'  # a package from PyPI, of which only the script is used
+# xterm.js writes its styles into the page, which the dashboard shows in a frame.
+TERMINAL_POLICY = SAFE_HEADERS['Content-Security-Policy'].replace(
+    "style-src 'self'", "style-src 'self' 'unsafe-inline'").replace("ancestors 'none'", "ancestors 'self'")
+# Files of packages from PyPI, which are not imported: they would want Flask and more.
+SCALAR, XTERM, XTERM_STYLE = 'scalar.js', 'xterm.js', 'xterm.css'
+FOREIGN = {SCALAR: ('flask_openapi3_scalar', 'templates/scalar/js/scalar.standalone.js'),
+           XTERM: ('nicegui', 'elements/xterm/dist/index.js'),
+           XTERM_STYLE: ('nicegui', 'elements/xterm/dist/xterm.css')}
 
 
 class Page:
@@ -253,9 +299,14 @@ class Pages:
         if name == 'openapi.json':
             return Page(name, text=self._text)
         if name in ('openapi.html', 'openapi-plain.html'):
-            return self._plain() if self._scalar() is None or 'plain' in name else self._reference()
-        path = self._scalar() if name == 'scalar.js' else self._folder / name
-        if path is None or len(name) > 100 or path.name.startswith(('.', 'openapi-')) or not path.is_file():
+            return self._plain() if foreign(SCALAR) is None or 'plain' in name else self._reference()
+        if name == 'terminal.html':
+            found = foreign(XTERM) and self._folder / name
+            return Page(name, found or self._folder / 'terminal-plain.html',
+                        **{'Content-Security-Policy': TERMINAL_POLICY})
+        path = foreign(name) if name in FOREIGN else self._folder / name
+        if path is None or len(name) > 100 or not path.is_file() or path.name.startswith(
+                ('.', 'openapi-', 'terminal-')):
             raise NotFound(f'There is no file {name[:100]!r} here.')
         return Page(name, path)
 
@@ -272,12 +323,10 @@ class Pages:
         return Page('openapi.html',
                     text=(self._folder / 'openapi-plain.html').read_text().replace('<!-- routes -->', text))
 
-    @staticmethod
-    def _scalar():
-        """Return where Scalar's script is, or None; the package itself is not imported, since it would want
-        Flask."""
-        spec = importlib.util.find_spec(SCALAR)
-        if not spec or not spec.origin:
-            return None
-        path = Path(spec.origin).parent / 'templates' / 'scalar' / 'js' / 'scalar.standalone.js'
-        return path if path.is_file() else None
+
+def foreign(name):
+    """Return where a file of a package is, or None."""
+    package, path = FOREIGN[name]
+    spec = importlib.util.find_spec(package)
+    found = Path(spec.origin).parent / path if spec and spec.origin else None
+    return found if found and found.is_file() else None

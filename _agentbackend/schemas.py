@@ -22,7 +22,7 @@ SENTENCES = {
     'minimum': 'is {given}, but has to be {limits}', 'maximum': 'is {given}, but has to be {limits}',
     'exclusiveMinimum': 'is {given}, but has to be {limits}',
     'pattern': 'is {given}, but {description}', 'not': 'is {given}, but {description}',
-    'minLength': 'is empty',
+    'minLength': 'is empty', 'minItems': 'is empty',
     'maxLength': 'has {size:,} characters, but at most {wanted:,} are taken',
     'maxItems': 'has {size:,} entries, but at most {wanted:,} are taken',
     'maxProperties': 'has {size:,} entries, but at most {wanted:,} are taken',

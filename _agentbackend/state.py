@@ -35,13 +35,14 @@ from _agentbackend.records import (
     encode_record,
     record_of,
 )
-from _agentbackend.store import BEGUN, OUTDATED, RUNS, DamagedFile, NewerFile, Store
+from _agentbackend.store import ANSWER, BEGUN, OUTDATED, RUNS, DamagedFile, NewerFile, Store
 from _agentbackend.timing import boot_id, clock_offset
 
 log = logging.getLogger('agentbackend')
 
 PORT_KINDS = {'codeServer': 'CODE_SERVER_PORTS', 'ssh': 'SSH_PORTS', 'custom': 'CUSTOM_PORTS'}
 ID_LETTERS = string.ascii_lowercase + string.digits
+ANSWERS_KEPT_FOR = 86400  # seconds
 RETRY_PAUSE = 1  # seconds until a write that failed is tried again
 CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
 JSON_VERSION = 1  # of the file that earlier versions kept
@@ -387,6 +388,20 @@ class State:
             ports = self._taken_ports()
         return {kind: (sum(first <= port <= last for port in ports), last - first + 1)
                 for kind, (first, last) in self.ranges.items()}
+
+    def answer(self, key):
+        """Return what is kept of the answer to a request with that key, or None."""
+        return next(iter(self._store.read(ANSWER, key)), None) if self._store else None
+
+    def keep_answer(self, key, answer):
+        """Keep the answer to a request; those of more than a day ago are dropped. A disk that refuses is no
+        reason to say that the request has failed."""
+        try:
+            if self._store:
+                self._store.write([('answers before', (answer['at'] - ANSWERS_KEPT_FOR,), None),
+                                   ('answer', (key,), (answer['at'], json.dumps(answer)))])
+        except Exception as error:
+            log.warning('An answer could not be kept for its Idempotency-Key: %s', error)
 
     def flush(self):
         """Wait until the file holds everything up to now; raise StateNotWritten when that fails."""

@@ -24,12 +24,18 @@ EVENTS = """
 CREATE TABLE IF NOT EXISTS events (workspace_id TEXT, number INTEGER, record TEXT NOT NULL,
     PRIMARY KEY (workspace_id, number)) WITHOUT ROWID;
 """
+# Beside the records, and made whenever it is missing: a file of an earlier version lacks it.
+ANSWERS = ('CREATE TABLE IF NOT EXISTS answers '
+           '(key TEXT PRIMARY KEY, at REAL NOT NULL, record TEXT NOT NULL) WITHOUT ROWID')
+ANSWER = 'SELECT record FROM answers WHERE key = ?'
 PUT = {'meta': 'INSERT OR REPLACE INTO meta VALUES (?, ?)',
+       'answer': 'INSERT OR REPLACE INTO answers VALUES (?, ?, ?)',
        'workspace': 'INSERT OR REPLACE INTO workspaces VALUES (?, ?)',
        'session': 'INSERT OR REPLACE INTO sessions VALUES (?, ?)',
        'run': 'INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)',
        'event': 'INSERT OR REPLACE INTO events VALUES (?, ?, ?)'}
-DROP = {'workspace': ('DELETE FROM workspaces WHERE id = ?', 'DELETE FROM events WHERE workspace_id = ?'),
+DROP = {'answers before': ('DELETE FROM answers WHERE at < ?',),
+        'workspace': ('DELETE FROM workspaces WHERE id = ?', 'DELETE FROM events WHERE workspace_id = ?'),
         'event': ('DELETE FROM events WHERE workspace_id = ? AND number = ?',),
         'run': ('DELETE FROM runs WHERE session_id = ? AND number = ?',),
         'session': ('DELETE FROM sessions WHERE id = ?', 'DELETE FROM runs WHERE session_id = ?')}
@@ -138,6 +144,7 @@ class Store:
             # Only now: what is damaged stays as it is.
             for pragma in ('journal_mode = WAL', 'synchronous = FULL'):
                 self._connection.execute(f'PRAGMA {pragma}')
+            self._connection.execute(ANSWERS)
             return content
         except (sqlite3.DatabaseError, ValueError, RecursionError) as error:
             self._close()

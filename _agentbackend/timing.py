@@ -6,6 +6,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import gevent
+import gevent.queue
+
+from _agentbackend.errors import quoted, refusal
 
 TURN = 0.005  # seconds of work before others are let on
 
@@ -43,6 +46,30 @@ def with_deadline(items, timeout, error):
         if item is end:
             return
         yield item
+
+
+def with_pauses(items, seconds):
+    """Yield what an iterator gives, and None whenever it gives nothing for so long."""
+    queue, end = gevent.queue.Queue(1), object()
+
+    def fill():
+        try:
+            for item in items:
+                queue.put(item)
+        finally:
+            queue.put(end)
+    filling = gevent.spawn(fill)
+    try:
+        while True:
+            try:
+                item = queue.get(timeout=seconds)
+            except gevent.queue.Empty:
+                item = None
+            if item is end:
+                return
+            yield item
+    finally:
+        filling.kill(block=False)
 
 
 def parse_time(text):
@@ -84,3 +111,15 @@ def clock_offset():
         offset = time.time() - before
         if time.monotonic() - before < 0.01:  # this process was not stopped in between
             return offset
+
+
+def parse_since(text):
+    """Return the nanoseconds since the epoch of an RFC 3339 time, or of a number of seconds."""
+    if re.fullmatch(r'\d{1,12}(\.\d{1,9})?', text):
+        seconds, _, fraction = text.partition('.')
+        return int(seconds) * 1_000_000_000 + int(fraction.ljust(9, '0'))
+    try:
+        return int(datetime.fromisoformat(text.replace('Z', '+00:00')).timestamp() * 1e9)
+    except ValueError as error:
+        raise refusal('since', f'is {quoted(text)}, but has to be a time, such as 2026-01-31T12:00:00Z, or a '
+                               'number of seconds') from error

@@ -6,7 +6,7 @@ from json.encoder import encode_basestring
 
 from _agentbackend.dockerlog import STREAM_NAMES
 from _agentbackend.engine import USER
-from _agentbackend.records import RUNNING, title_of
+from _agentbackend.records import AGENT, RUNNING, title_of
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
@@ -64,6 +64,16 @@ def view_usage(workspace, usage):
         usage = {'cpu_percent': 0.0, 'memory': 0, 'memory_limit': workspace.memory}
     return usage and {'cpuPercent': usage['cpu_percent'], 'memoryUsage': usage['memory'],
                       'memoryLimit': usage['memory_limit']}
+
+
+def view_activity(workspace, reasons):
+    """Return what keeps a workspace alive, [(kind, since, detail)], and what will end it."""
+    lives = workspace.type == AGENT and workspace.ttl is not None
+    ends = None if workspace.ttl is None or (lives and reasons) else 'idle' if lives else 'ttl'
+    return {'lastActivityAt': view_time(workspace.last_activity_at),
+            'reasons': [{'kind': kind, 'since': view_time(since), 'detail': detail}
+                        for kind, since, detail in sorted(reasons, key=lambda reason: reason[1] or 0)],
+            'expiresAt': view_time(workspace.expires_at) if ends else None, 'endsBecause': ends}
 
 
 def view_session(session):

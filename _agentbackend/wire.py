@@ -25,6 +25,7 @@ SEND_TIMEOUT = 10  # seconds a peer may take to accept a piece of what is sent
 PIECE = 65536  # bytes
 CLOSE_TIMEOUT = 2  # seconds we wait for the other side's close frame
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, BAD_DATA, POLICY, TOO_BIG = 1000, 1001, 1002, 1007, 1008, 1009
+SERVER_ERROR = 1011
 
 
 class MessageTooBig(Exception):
@@ -59,6 +60,10 @@ class Socket(WebSocket):
         self._max_message = handler.max_message
         self._left = self._max_message
         self._turn, self.last_heard = Turn(), time.monotonic()
+
+    def take_up_to(self, size):
+        """Let messages have so many bytes."""
+        self._max_message = size
 
     def read_message(self):
         """Read one message of at most max_message bytes, fragments included."""
@@ -369,6 +374,22 @@ class Handler(WebSocketHandler):
         head = (f'HTTP/1.1 {result[0]} {reason}\r\nContent-Type: application/json\r\n'
                 f'Content-Length: {len(body)}\r\nConnection: close\r\n\r\n')
         return result[0], head.encode() + body
+
+    def process_result(self):
+        """Send the answer as pywsgi does, and behind one in chunks the trailers that the application has
+        left."""
+        trailers = self.environ.get('agentbackend.trailers')
+        if trailers is None:
+            super().process_result()
+            return
+        for data in self.result:
+            if data:
+                self.write(data)
+        if not self.headers_sent:
+            self.write(b'')
+        if self.response_use_chunked:
+            lines = ''.join(f'{name}: {value}\r\n' for name, value in trailers.items())
+            self._sendall(f'0\r\n{lines}\r\n'.encode('latin-1'))
 
     def upgrade_websocket(self):
         """Answer 101 only to a request that is in order, and whose path and origin are allowed."""

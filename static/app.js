@@ -1,7 +1,7 @@
 // The dashboard begins here: what the address says is shown, and what the server tells goes to who shows it.
 // It talks to the API as any other client does, and to nothing else.
 
-import { banner, byId, say, sleep, tick } from './page.js';
+import { banner, byId, el, say, sleep, tick } from './page.js';
 import { Link, pause } from './streams.js';
 import * as store from './store.js';
 import { beginLog, log, logEvent } from './log.js';
@@ -15,7 +15,7 @@ import { currentBuild, forgetBuild, takeBuildLine } from './build.js';
 import { loadOffers } from './offers.js';
 import './home.js';
 import './first.js';
-import './keys.js';
+import { TABS } from './keys.js';
 
 const POLL = 2500; // ms between looks at the resources of workspaces
 const MOST = 30; // rows whose resources are looked at
@@ -31,7 +31,7 @@ const { state } = store;
 
 const decoded = (part) => { try { return decodeURIComponent(part); } catch { return part; } };
 
-/** Show what the address says: #/ or #/w/<id>[/logs|/agent[/<session>]]. */
+/** Show what the address says: #/ or #/w/<id>[/logs|/terminal|/agent[/<session>]]. */
 function route() {
   const [, place, id, tab, session] = location.hash.split('/').map(decoded);
   const wanted = place === 'w' && id ? id : null;
@@ -45,7 +45,7 @@ function route() {
   byId('home').hidden = Boolean(wanted);
   byId('workspace').hidden = !wanted;
   if (wanted) {
-    showTab(tab === 'agent' ? 'agent' : 'logs', session || null);
+    showTab(TABS.includes(tab) ? tab : 'logs', session || null);
     store.changed('workspace');
     showUsage(wanted);
   } else {
@@ -64,6 +64,7 @@ function open(wanted) {
   beginLog(wanted ? 'Nothing was printed yet.' : '');
   byId('facts').dataset.key = '';
   byId('sessions').replaceChildren();
+  byId('terminal-panel').replaceChildren();
   listen({ anew: true });
   if (wanted) {
     store.loadDetails(wanted);
@@ -86,13 +87,21 @@ function listen({ anew = false } = {}) {
 
 function showTab(tab, session) {
   state.tab = tab;
-  for (const name of ['logs', 'agent']) {
+  for (const name of TABS) {
     byId(`tab-${name}`).setAttribute('aria-selected', String(name === tab));
     byId(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
     byId(`${name}-panel`).hidden = name !== tab;
   }
   if (tab === 'logs') log.toEnd();
+  else if (tab === 'terminal') showTerminal();
   else showSession(session);
+}
+
+/** Show the terminal: a page of its own, since its styles need more leave than this one gives. */
+function showTerminal() {
+  const panel = byId('terminal-panel');
+  if (panel.firstChild) panel.firstChild.focus();
+  else panel.append(el('iframe', { src: `terminal#${state.open}`, title: 'Terminal of the workspace' }));
 }
 
 // What comes

@@ -1,12 +1,13 @@
 // The dialogs that make, stop and delete a workspace.
 
-import { byId, el, on } from './page.js';
+import { byId, el, on, plural } from './page.js';
 import { lines, number, onSubmit, pairs, trouble } from './fields.js';
 import { api, workspacePath } from './api.js';
-import { fieldsOf } from './offers.js';
+import { fieldsOf, offers } from './offers.js';
 import { defaultTemplate, imageWords, loadTemplates, state, take, templates } from './store.js';
 
 export const RETRY = '/api/workspaces/{}/retry';
+const GIT = '/api/workspaces/{}/git';
 const MIB = 2 ** 20;
 const STOPPING = 'What runs in it ends. Its files stay, and it can be started again.';
 const STOPPING_TEMPORARY = 'It is temporary: stopping deletes it with all of its data.';
@@ -108,6 +109,20 @@ function openDelete() {
   button.disabled = true;
   form.confirmation.oninput = () => { button.disabled = form.confirmation.value !== item.name; };
   byId('delete-dialog').showModal();
+  tellLoss(form);
+}
+
+/** Say what of the project's repository is nowhere else. */
+async function tellLoss(form) {
+  const { id } = form.dataset;
+  byId('delete-loss').textContent = '';
+  if (!offers('GET', GIT) || !['running', 'stopped'].includes(state.workspaces.get(id)?.status)) return;
+  const git = await api('GET', workspacePath(id, '/git')).catch(() => null);
+  if (!git || form.dataset.id !== id) return;
+  const more = git.truncated ? 'more than ' : '';
+  const lost = [git.unpushed ? `${plural(git.unpushed, 'commit')} on no remote` : '',
+    git.changes.length ? `${more}${plural(git.changes.length, 'changed file')}` : ''].filter(Boolean);
+  if (lost.length) byId('delete-loss').textContent = `Only here: ${lost.join(', ')}.`;
 }
 
 function openStop() {

@@ -8,7 +8,7 @@ import { move } from './list.js';
 import { openCreate } from './forms.js';
 
 const THEMES = ['', 'light', 'dark'];
-const OTHER_TAB = { logs: 'agent', agent: 'logs' };
+export const TABS = ['logs', 'terminal', 'agent'];
 
 function nextTheme() {
   const root = document.documentElement;
@@ -44,6 +44,7 @@ const KEYS = {
   KeyJ: () => move(1),
   KeyK: () => move(-1),
   KeyL: () => goTab('logs'),
+  KeyS: () => goTab('terminal'),
   KeyA: () => goTab('agent'),
   KeyP: () => { if (inLog()) byId('log-pause').click(); },
   Slash: () => (inLog() ? byId('log-search') : byId('filter')).focus(),
@@ -67,7 +68,8 @@ for (const tab of document.querySelectorAll('[role=tab]')) {
   tab.addEventListener('click', () => goTab(tab.dataset.tab));
   tab.addEventListener('keydown', (event) => {
     if (!['ArrowLeft', 'ArrowRight'].includes(event.key)) return;
-    const other = OTHER_TAB[tab.dataset.tab];
+    const step = event.key === 'ArrowLeft' ? -1 : 1;
+    const other = TABS.at((TABS.indexOf(tab.dataset.tab) + step) % TABS.length);
     goTab(other);
     byId(`tab-${other}`).focus();
   });

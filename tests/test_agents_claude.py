@@ -249,7 +249,7 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
     assert kind == 'error' and data['code'] == 'AGENT_IDLE_TIMEOUT'
     assert 'AGENT_IDLE_TIMEOUT' in data['message']
     assert time.monotonic() - begun < 12
-    assert not running(docker_client, server.container, 'stream-json')
+    server.until(lambda: not running(docker_client, server.container, 'stream-json'), 5)
 
 
 def test_a_command_that_takes_longer_than_an_agent_may_be_silent_is_let_be(server):
@@ -301,7 +301,7 @@ def test_a_command_in_the_background_is_not_waited_for_and_outlives_the_task(ser
         assert end_of(do(server, '[script:background]'))[1]['message'] == 'It runs in the background.'
         assert time.monotonic() - begun < 20
         assert running(docker_client, server.container, 'sleep 65.5')
-        assert not running(docker_client, server.container, 'stream-json')
+        server.until(lambda: not running(docker_client, server.container, 'stream-json'), 5)
     finally:
         shell(docker_client, server.container, 'pkill -f "sleep 65.5"')
 

@@ -122,7 +122,7 @@ def test_a_child_is_left_alone_after_success_and_killed_after_a_cancel(server, d
     until_started(server, session)
     cancel(server, session)
     assert ended(server, session)['state'] == 'cancelled'
-    assert not running(docker_client, server.container, 'sleep 72.5')
+    server.until(lambda: not running(docker_client, server.container, 'sleep 72.5'), 5)
     assert running(docker_client, server.container, 'sleep 71.5')
     shell(docker_client, server.container, 'pkill -f "sleep 71.5"')
 
@@ -134,13 +134,13 @@ def test_one_that_ignores_every_signal_is_killed_within_seconds(server, docker_c
     cancel(server, session)
     assert ended(server, session)['state'] == 'cancelled' and time.monotonic() - begun < 8
     assert 'no' in messages(transcript(server, session)), 'it was not interrupted before'
-    assert not running(docker_client, server.container, 'agent.js', 'agent-run')
+    server.until(lambda: not running(docker_client, server.container, 'agent.js', 'agent-run'), 5)
 
 
 def test_one_that_lives_on_after_its_result_is_ended_and_has_succeeded(server, docker_client):
     kind, data = end_of(do(server, 'linger'))
     assert kind == 'result' and data['message'] == 'done, but here'
-    assert not running(docker_client, server.container, 'agent.js')
+    server.until(lambda: not running(docker_client, server.container, 'agent.js'), 5)
 
 
 def flood(server):
@@ -156,7 +156,7 @@ def test_limits_of_silence_of_time_and_of_output(server, docker_client):
                               (own, 'AGENT_TIMEOUT'), (flood(server), 'AGENT_MAX_OUTPUT')):
             ended(server, session)
             assert end_of(transcript(server, session))[1]['code'] == code
-    assert not running(docker_client, server.container, 'agent.js')
+    server.until(lambda: not running(docker_client, server.container, 'agent.js'), 5)
 
 
 # Its output goes through a buffer of Python's own, if nobody tells it otherwise.

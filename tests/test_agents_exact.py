@@ -14,11 +14,12 @@ from streaming import Sse
 
 COUNT = 10_000
 ENOUGH = '/workspace/enough'  # until it is there, the task goes on: a slow machine disturbs less in a second
-# 50 events every tenth of a second or so.
+# 50 events every tenth of a second or so, and every second once there are enough.
 STEP = ('{\\"type\\":\\"progress\\",'
         '\\"data\\":{\\"step\\":$n,\\"total\\":null,\\"message\\":\\"step $n\\"}}')
-AGENT = (f"""sh -c 'n=0; while [ $n -lt {COUNT} ] || [ ! -e {ENOUGH} ]; do m=0; """
-         f"""while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP}"; done; sleep 0.08; done'""")
+AGENT = (f"""sh -c 'n=0; pause=0.08; while [ $n -lt {COUNT} ] || [ ! -e {ENOUGH} ]; do m=0; """
+         f"""while [ $m -lt 50 ]; do n=$((n+1)); m=$((m+1)); echo "{STEP}"; done; """
+         f"""[ $n -lt {COUNT} ] || pause=1; sleep $pause; done'""")
 
 
 class Follower:

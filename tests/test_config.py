@@ -26,6 +26,7 @@ GOOD = {  # a text that is not the default -> what Config makes of it
     'DEFAULT_AGENT': ('command', 'command'),
     'AGENT_COMMAND': ("bash -c 'echo hi'", ('bash', '-c', 'echo hi')),
     'AGENT_TIMEOUT': ('60', 60), 'AGENT_IDLE_TIMEOUT': ('2.5', 2.5), 'AGENT_MAX_OUTPUT': ('1m', 2**20),
+    'EXEC_MAX_OUTPUT': ('2m', 2 * 2**20), 'EXEC_MAX_COMMANDS': ('9', 9), 'MAX_TERMINALS': ('3', 3),
     'AGENT_MAX_TASKS': ('2', 2), 'KEEP_RUNS': ('7', 7), 'KEEP_RUNS_FOR': ('3600', 3600),
     'WORKSPACE_NETWORK': ('bridge', 'bridge'), 'ANTHROPIC_API_KEY': ('key', 'key'),
     'ANTHROPIC_AUTH_TOKEN': ('token', 'token'), 'CLAUDE_CODE_OAUTH_TOKEN': ('oauth', 'oauth'),

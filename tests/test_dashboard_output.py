@@ -220,6 +220,43 @@ def test_what_an_agent_says_is_only_text(make_page, agent_server):
     assert page.locator('#transcript img, #transcript script').count() == 0
 
 
+def test_a_terminal_outlives_the_page_and_the_server(make_page, agent_server):
+    page, lab = make_page(expected='status of 40|ERR_CONNECTION_REFUSED|WebSocket'), agent_server.get(
+        '/api/workspaces/lab')
+    open_dashboard(page, agent_server, f"#/w/{lab['id']}")
+    page.click('#tab-terminal')
+    rows = page.frame_locator('#terminal-panel iframe').locator('.xterm-rows')
+    expect(rows).to_contain_text('$')
+    page.keyboard.type('export KEPT=here; echo $((40 + 2))!\n')
+    expect(rows).to_contain_text('42!')
+    agent_server.settings['PORT'] = str(agent_server.port)
+    agent_server.kill()
+    expect(rows).to_contain_text('The connection is lost. Reconnecting')
+    agent_server.start()
+    expect(rows).not_to_contain_text('Reconnecting')
+    expect(rows).to_contain_text('42!')
+    rows.click()  # what the dashboard does when its server is back may take the focus
+    page.keyboard.type('echo still $KEPT\n')
+    expect(rows).to_contain_text('still here')
+    page.set_viewport_size({'width': 900, 'height': 700})
+    rows.click()
+    page.keyboard.type('exit 3\n')
+    expect(rows).to_contain_text('It ended with status 3. Press Enter to begin again.')
+
+
+def test_what_is_nowhere_else_is_told_before_a_delete(make_page, agent_server):
+    page, lab = make_page(), agent_server.get('/api/workspaces/lab')
+    answer = agent_server.call('PUT', '/api/workspaces/lab/files/only-here.txt', data=b'x',
+                               headers={'Content-Type': 'application/octet-stream'})
+    assert answer.status_code == 201, answer.text
+    changed = len(agent_server.get('/api/workspaces/lab/git')['changes'])
+    open_dashboard(page, agent_server, f"#/w/{lab['id']}")
+    page.click('#ws-delete')
+    expect(page.locator('#delete-loss')).to_contain_text(f'{changed} changed file')
+    page.keyboard.press('Escape')
+    expect(page.locator('#delete-dialog')).to_be_hidden()
+
+
 def test_the_editor_opens(make_page, agent_server):
     page = make_page(expected='.')  # the editor's own words are its own affair
     open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/lab')['id'])

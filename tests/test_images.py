@@ -94,14 +94,14 @@ def test_how_far_a_build_is_and_what_it_prints_is_told(make_server, own_template
         return server.get('/health')['templates']['fresh']
     server.until(lambda: image().get('lastLine') == 'the-build-says-this')
     told = image()
-    assert (told['state'], told['step'], told['steps']) == ('building', 6, 8)
+    assert (told['state'], told['step'], told['steps']) == ('building', 8, 9)
     shown = next(item for item in server.get('/api/templates') if item['name'] == 'fresh')
-    assert (shown['step'], shown['steps']) == (6, 8)
+    assert (shown['step'], shown['steps']) == (8, 9)
     log = server.call('GET', '/api/templates/fresh/log').text.splitlines()
     assert log[0].startswith('Building image ') and log[-1] == 'the-build-says-this'
     server.until(lambda: image()['state'] == 'ready')
     assert image().keys() == {'image', 'state'}
-    assert 'Step 8/8 : ' in server.call('GET', '/api/templates/fresh/log').text
+    assert 'Step 9/9 : ' in server.call('GET', '/api/templates/fresh/log').text
     assert server.call('GET', '/api/templates/tiny/log').text == ''
     assert server.call('GET', '/api/templates/none/log').json()['code'] == 'NOT_FOUND'
 

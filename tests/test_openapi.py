@@ -9,6 +9,7 @@ from conftest import ROOT
 from contract import DOCUMENT, FRAME, check_answer
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from _agentbackend import pages
 from _agentbackend.errors import BackendError
 from _agentbackend.pages import Pages, every_error, failures
 from _agentbackend.schemas import Schemas
@@ -34,7 +35,7 @@ def test_the_server_gives_the_document_that_the_routes_make(server):
 
 def test_every_route_but_those_of_pages_is_in_the_document_and_nothing_else():
     routes = {(route.method.lower(), re.sub('<([^>:]+)(:[^>]*)?>', r'{\1}', route.path)) for route in ROUTES}
-    pages = {('get', path) for path in ('/', '/openapi', '/static/{name}')}
+    pages = {('get', path) for path in ('/', '/openapi', '/terminal', '/static/{name}')}
     assert pages < routes and routes - pages == {(method, path) for method, path, _ in OPERATIONS}
 
 
@@ -111,8 +112,8 @@ def test_the_examples_of_a_schema_fit_it(name):
 
 @every_operation
 def test_every_body_and_answer_has_examples_that_fit(method, path, told):
-    given = [(status, content) for status, response in told['responses'].items()
-             for content in response.get('content', {}).values()]
+    given = [((status, kind), content) for status, response in told['responses'].items()
+             for kind, content in response.get('content', {}).items()]
     given += [('body', content) for content in told.get('requestBody', {}).get('content', {}).values()]
     for status, content in given:
         examples = [content['example']] if 'example' in content else [
@@ -186,7 +187,7 @@ def test_a_plain_list_is_there_with_and_without_scalar(server, monkeypatch):
     assert plain.status_code == 200 and plain.headers['Content-Type'].startswith('text/html')
     assert all(f'<td>{told["summary"]}</td>' in plain.text for _, _, told in OPERATIONS)
     assert '<script' not in plain.text and 'scalar.js' in server.call('GET', '/openapi').text
-    monkeypatch.setattr(Pages, '_scalar', staticmethod(lambda: None))
+    monkeypatch.setattr(pages, 'foreign', lambda name: None)
     assert Pages(ROOT / 'static', DOCUMENT).find('openapi.html').read().decode() == plain.text
 
 

@@ -71,6 +71,36 @@ def test_the_whole_exchange_with_curl_works_as_it_stands(on_port_3100, tmp_path,
     assert '"deleted":true' in said['7']
 
 
+def test_the_script_makes_uploads_tests_and_cleans_up(tmp_path, docker_client, base_image):
+    """With a repository in the first workspace, since there may be no other."""
+    served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
+                    WORKSPACE_NETWORK='bridge').start()
+    try:
+        served.create('origin', ssh=False)
+        served.wait_status('origin', 'running', timeout=1500)
+        made = served.call('POST', '/api/workspaces/origin/exec', {'command': (
+            'printf \'#!/bin/sh\\nls "$1" | wc -l; echo failing; exit 3\\n\' >test.sh; chmod +x test.sh; '
+            'git add .; git commit -qm test; git daemon --base-path=/workspace --export-all --detach '
+            '--reuseaddr /workspace; hostname -i')}).json()['data']
+        assert made['exitCode'] == 0, made
+        tree = tmp_path / 'tree'
+        tree.mkdir()
+        for number in range(1000):
+            (tree / f'file {number}').write_text(f'{number}\n')
+        script = re.search(r'<!-- script -->\n```sh\n(.*?)```', README, re.DOTALL)[1]
+        assert len(script.splitlines()) <= 22
+        done = subprocess.run(['sh', '-c', script, 'sh', f'git://{made["stdout"].strip()}/origin', str(tree)],
+                              cwd=tmp_path, env={**os.environ, 'API': f'http://127.0.0.1:{served.port}'},
+                              capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stdout) == (0, 'the test ended with 3\n'), done.stdout + done.stderr
+        assert (tmp_path / 'report.txt').read_text() == '1000\nfailing\n'
+        assert [item['name'] for item in served.get('/api/workspaces')] == ['origin']
+    finally:
+        served.stop()
+        print(served.log.read_text()[-5000:])
+        remove_objects(docker_client, served.instance)
+
+
 def test_every_setting_that_the_readme_names_exists():
     known = {name.upper() for name in Config.__dataclass_fields__}
     named = set(re.findall(r'\b([A-Z]+(?:_[A-Z]+)+)=', README)) | set(re.findall(r'-e ([A-Z_]+)=', README))

@@ -15,8 +15,10 @@ from _agentbackend.errors import UnsupportedMediaType, ValidationError
 from _agentbackend.giturls import split_credentials
 from _agentbackend.pages import every_error
 from _agentbackend.positions import Cursor, event_id_of, place_of
+from _agentbackend.routing import read_body, read_query
 from _agentbackend.schemas import SENTENCES, Schemas, parse_json
-from agentbackend import ROUTES, parse_since, read_body, read_query
+from _agentbackend.timing import parse_since
+from agentbackend import ROUTES
 
 SCHEMAS = Schemas(ROOT / 'schemas')
 KEY = 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOWdkBuJ4ZU+4ICuFKqaXRycPME1NMzSslm6ULIsn8e+ me@box'
@@ -561,11 +563,14 @@ def texts_in(node):
 def texts_of_errors():
     """Return {code: the same of the texts with which its errors are raised}."""
     codes, found = {error.__name__: error.code for error in every_error()}, collections.defaultdict(list)
-    for path in [ROOT / 'agentbackend.py', *(ROOT / '_agentbackend').glob('*.py')]:
+    for path in [ROOT / 'agentbackend.py', *(ROOT / '_agentbackend').rglob('*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.name if isinstance(node, ast.ClassDef) else ast.unparse(getattr(node, 'func', node))
             if name in codes:
                 found[codes[name]] += texts_in(node)
+            elif name == 'Refused' and isinstance(node, ast.Call):  # in a workspace; a path is put before it
+                code, text = node.args
+                found[code.value] += [(f'.*: {pattern}', fixed) for pattern, fixed in texts_in(text)]
     return found
 
 

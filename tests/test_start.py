@@ -81,6 +81,6 @@ def test_a_build_that_takes_its_time_is_told_of_again_and_again(own_templates, m
     templates.image('slow', lambda line: None, gevent.event.Event())
     client.close()
     told = [text for text in caplog.messages if 'so far' in text]
-    assert any(text.startswith('build slow: step 6 of 8, 0:0')
+    assert any(text.startswith('build slow: step 8 of 9, 0:0')
                and text.endswith('It printed last: on-my-way') for text in told), told
     assert len(told) >= 3

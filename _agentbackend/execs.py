@@ -1,0 +1,275 @@
+"""Commands that clients run in workspaces while they wait for them."""
+import base64
+import codecs
+import contextlib
+import json
+import secrets
+import time
+
+import gevent
+import gevent.lock
+
+from _agentbackend.access import not_running
+from _agentbackend.dockerlog import STDERR, STREAM_NAMES
+from _agentbackend.engine import USER
+from _agentbackend.errors import (
+    ConflictOnEngine,
+    DockerError,
+    Forbidden,
+    MissingOnEngine,
+    TooMany,
+    refusal,
+)
+from _agentbackend.records import AGENT, RUNNING
+from _agentbackend.timing import cooperatively, with_pauses
+
+STARTS_AT_ONCE = 16  # more only queue up inside the engine, and let others wait
+LINGER = 1  # seconds that what a command left running may hold its output open
+KILLED = 137  # exit status of what was killed
+BEGUN, NO_FOLDER = b'\x06', b'\x05'
+SHORT = 65536  # bytes of output that are short
+SHORT_TIME = 1  # seconds within which a command has to end for its output to be short
+HEARTBEAT = 15  # seconds
+HOMES = {USER: f'/home/{USER}', 'root': '/root'}
+# Runs a command with the environment that a shell of dev has, in the process group that the engine gave this
+# shell. When stdin ends, its reader is gone, or has had enough: then the whole group is killed, and so it is
+# when the server is. At the end the status is told on stderr behind a word that nobody else knows, so that
+# what the command left running keeps nobody waiting. What it is given on stdin comes first, so many bytes.
+RUN = r'''
+word=$1 size=$2 folder=$3; shift 3
+exec 3<&0
+if [ "$size" = 0 ]; then exec 4</dev/null; else
+  input=$(mktemp -p "${TMPDIR:-/tmp}") && head -c "$size" <&3 >"$input" && exec 4<"$input" || exit
+  [ "$(wc -c <"$input")" -eq "$size" ] || exit; rm -f "$input"
+fi
+cd "$folder" 2>/dev/null || { printf '\005'; exit 126; }
+{ read -r _ <&3; kill -s KILL -- "-$$"; } >/dev/null 2>&1 4<&- & watch=$!
+printf '\006'
+shell=/usr/local/lib/agentbackend/bash; [ -x "$shell" ] || shell=sh
+"$shell" "$@" <&4 3<&- 4<&-; status=$?
+kill "$watch"
+printf '\000%s %s\n' "$word" "$status" >&2
+'''
+
+
+class Command:
+    """A command at work. Iterate over it to read (stream, bytes) to its end, when `exit_code` is known."""
+
+    def __init__(self, stack, attached, word, *, timeout=None):
+        self._stack = stack
+        self._attached = attached
+        self._mark = b'\0' + word.encode() + b' '
+        self._begun_at = time.monotonic()
+        self._timers = [gevent.spawn_later(timeout, self._end_in_time)] if timeout else []
+        self.exit_code = KILLED  # until it says otherwise
+        self.timed_out = False
+        self.duration_ms = 0
+        self._pieces = self._split(iter(attached))
+        self._first = next(self._pieces, (None, b''))
+
+    @property
+    def first(self):
+        """The first bytes on stdout, which tell whether it has begun; an engine that could not run it says
+        why."""
+        return self._first[1]
+
+    def __iter__(self):
+        """Yield (stream, bytes) of what it prints until it has ended."""
+        if self._first[1][1:]:
+            yield self._first[0], self._first[1][1:]
+        yield from cooperatively(self._pieces)
+        self.duration_ms = int((time.monotonic() - self._begun_at) * 1000)
+
+    def cut(self):
+        """End the command with its process group; from whichever greenlet."""
+        self._attached.cut()
+
+    def close(self):
+        """End it if it still runs, and put everything away; twice is fine."""
+        for timer in self._timers:
+            timer.kill(block=False)
+        self._attached.cut()
+        self._stack.close()
+
+    def _end_in_time(self):
+        self.timed_out = True
+        self.cut()
+
+    def _split(self, pieces):
+        """Yield the pieces without the mark, and take note of the status behind it."""
+        held = b''
+        for stream, data in pieces:
+            if stream != STDERR:
+                yield stream, data
+                continue
+            before, mark, status = (held + data).partition(self._mark)
+            kept = 0 if mark else self._beginning(before)
+            held = mark + status if mark else before[len(before) - kept:]
+            if before[:len(before) - kept]:
+                yield stream, before[:len(before) - kept]
+            if status.endswith(b'\n'):
+                self.exit_code = int(status)
+                self._timers.append(gevent.spawn_later(LINGER, self.cut))
+                break
+        yield from ((stream, data) for stream, data in pieces if stream != STDERR)
+        if held and not held.startswith(self._mark):
+            yield STDERR, held
+
+    def _beginning(self, data):
+        """Return how many bytes at the end of `data` may be the beginning of the mark."""
+        return next((size for size in range(min(len(data), len(self._mark) - 1), 0, -1)
+                     if self._mark.startswith(data[-size:])), 0)
+
+
+class Execs:
+    """Begins commands, and gives what they print in the form that a client asks for."""
+
+    def __init__(self, config, state, engine, activity):
+        self._config = config
+        self._state = state
+        self._engine = engine
+        self._activity = activity
+        self._starts = gevent.lock.BoundedSemaphore(STARTS_AT_ONCE)
+        self._commands = {}  # of each that was admitted, its Attached once it is at work
+
+    def close(self):
+        """End all that somebody waits for: the server is stopping."""
+        for attached in list(self._commands.values()):
+            if attached is not None:
+                attached.cut()
+
+    def run(self, workspace, body, watch_disconnect):
+        """Run a command to its end, and return {exitCode, stdout, stderr, ...}; when the client leaves, it is
+        ended."""
+        limit, kept, total = self._config.exec_max_output, {}, {}
+        with contextlib.closing(self.begin(workspace, body)) as command, \
+                contextlib.closing(watch_disconnect(command.cut)):
+            for stream, data in command:
+                held = kept.setdefault(STREAM_NAMES[stream], bytearray())
+                held += data[:limit - len(held)]
+                total[stream] = total.get(stream, 0) + len(data)
+        truncated = any(size > limit for size in total.values())
+        return {'exitCode': command.exit_code, **texts(kept, truncated), 'durationMs': command.duration_ms,
+                'truncated': truncated, 'timedOut': command.timed_out}
+
+    def begin(self, workspace, body):
+        """Begin a command for a checked body of POST .../exec, and return its Command."""
+        if workspace.status != RUNNING:
+            raise not_running(workspace)
+        user = body.get('user', USER)
+        if user == 'root' and workspace.type == AGENT:
+            raise Forbidden('A workspace of type agent runs nothing as root.')
+        if len(self._commands) >= self._config.exec_max_commands:
+            raise TooMany(f'EXEC_MAX_COMMANDS={self._config.exec_max_commands} commands are already running; '
+                          'wait for one to finish.', headers={'Retry-After': '1'})
+        data, word = stdin_of(body), secrets.token_hex(8)
+        words = ['sh', '-c', RUN, 'sh', word, str(len(data)), self.folder(workspace, body), *words_of(body)]
+        stack, key = contextlib.ExitStack(), object()
+        self._commands[key] = None
+        stack.callback(self._commands.pop, key)
+        try:
+            stack.enter_context(self._activity.during(workspace.id, 'exec', told(body)))
+            with self._starts:
+                attached = stack.enter_context(self._engine.attached(
+                    self._state.container_of(workspace.id), words, user=user, env=environment(user, body)))
+                sending = gevent.spawn(attached.sendall, data) if data else None
+                stack.callback(lambda: sending and sending.kill())
+                self._commands[key] = attached
+                command = Command(stack, attached, word, timeout=body.get('timeout'))
+            self._check_begun(command, workspace, body)
+            return command
+        except (MissingOnEngine, ConflictOnEngine) as error:
+            stack.close()
+            raise not_running(workspace, error) from error
+        except BaseException:
+            stack.close()
+            raise
+
+    def folder(self, workspace, body):
+        """Return the folder that a command begins in: that of the project, or one relative to it."""
+        project = f'{self._config.workspace_base_path}/{workspace.folder}'
+        wanted = body.get('cwd', '')
+        return wanted if wanted.startswith('/') else f'{project}/{wanted}'.rstrip('/')
+
+    @staticmethod
+    def _check_begun(command, workspace, body):
+        if command.first[:1] == BEGUN:
+            return
+        rest = b''.join(data for _, data in command)
+        said = (command.first + rest).decode('utf-8', 'replace').strip()
+        command.close()
+        if command.first[:1] == NO_FOLDER:
+            raise refusal('cwd', f"is {json.dumps(body.get('cwd', ''))}, but there is no such folder in the "
+                                 'workspace')
+        if 'unable to find user' in said:
+            raise refusal('user', f"is {body.get('user', USER)}, whom the image of this workspace has not")
+        if command.timed_out:
+            raise DockerError('The command could not be started within its time.')
+        if 'is not running' in said or not said:
+            raise not_running(workspace)
+        raise DockerError(said[-500:])
+
+
+def words_of(body):
+    """Return what the shell of the workspace is given: a text as a login shell reads it, or a program with
+    its arguments."""
+    command = body['command']
+    return ['-lc', command] if isinstance(command, str) else ['-c', 'exec "$@"', 'sh', *command]
+
+
+def stdin_of(body):
+    """Return the bytes that a command is given."""
+    return body.get('stdin', '').encode('utf-8', 'surrogatepass')
+
+
+def told(body):
+    """Return the beginning of a command, for people."""
+    command = body['command']
+    return (command if isinstance(command, str) else ' '.join(command))[:200]
+
+
+def environment(user, body):
+    """Return the variables of a command, which win over those that the workspace has."""
+    env = {'HOME': HOMES[user], 'USER': user, 'LOGNAME': user, **body.get('env', {})}
+    return env | {'WORKSPACE_KEEP': ' '.join(env)}
+
+
+def texts(kept, truncated):
+    """Return {stdout, stderr, encoding} of what was kept of a command's output."""
+    found = {name: bytes(kept.get(name, b'')) for name in ('stdout', 'stderr')}
+    try:
+        # What was cut off may have been cut within a character.
+        return {name: codecs.getincrementaldecoder('utf-8')().decode(data, not truncated)
+                for name, data in found.items()} | {'encoding': 'utf-8'}
+    except UnicodeError:
+        return {name: base64.b64encode(data).decode() for name, data in found.items()} | {
+            'encoding': 'base64'}
+
+
+def events(command):
+    """Yield what a command prints as events, {type, data}, and its end as the last; None when it says nothing
+    for a while."""
+    decoders = {name: codecs.getincrementaldecoder('utf-8')('replace') for name in STREAM_NAMES.values()}
+    for item in with_pauses(command, HEARTBEAT):
+        name = STREAM_NAMES[item[0]] if item else None
+        text = decoders[name].decode(item[1]) if item else None
+        if text or item is None:
+            yield item and {'type': 'output', 'data': {'stream': name, 'text': text}}
+    for name, decoder in decoders.items():
+        rest = decoder.decode(b'', True)
+        if rest:
+            yield {'type': 'output', 'data': {'stream': name, 'text': rest}}
+    yield {'type': 'exit', 'data': {'exitCode': command.exit_code, 'durationMs': command.duration_ms,
+                                    'timedOut': command.timed_out}}
+
+
+def short_output(command):
+    """Read what a command prints on stdout while that is little and quick; return (bytes, pieces that follow,
+    None when it has ended)."""
+    pieces, data, deadline = with_pauses(command, SHORT_TIME / 10), b'', time.monotonic() + SHORT_TIME
+    for item in pieces:
+        if item and item[0] != STDERR:
+            data += item[1]
+        if len(data) > SHORT or time.monotonic() > deadline:
+            return data, (item[1] for item in pieces if item and item[0] != STDERR)
+    return data, None
