@@ -914,10 +914,9 @@ def make_backend(config):
     frame = json.loads((DATA / 'static' / 'openapi-frame.json').read_text())
     pages = Pages(DATA / 'static', openapi_document(ROUTES, schemas, frame))
     backend = Backend(config, schemas, state, events, client, engine, templates, logs, probes, workspaces,
-                   keeper, tasks, activity, execs, detached,
-                   Files(config, engine, access, activity),
-                   Terminals(config, engine, access, activity), access,
-                   Repeats(state), Streams(config.max_streams), pages)
+                      keeper, tasks, activity, execs, detached, Files(config, engine, access, activity),
+                      Terminals(config, engine, access, activity), access, Repeats(state),
+                      Streams(config.max_streams), pages)
     keeper.on_expiring.append(lambda workspace: note_activity(backend, workspace))
     return backend
 

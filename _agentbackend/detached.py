@@ -158,8 +158,9 @@ class Detached:
         if code == 127 or 'unable to find user' in said:
             raise refusal('detach', 'needs agent-run and the user dev, which the image of this workspace has '
                                     'not')
-        if code != 0:
-            raise DockerError(f'The command could not be prepared in the workspace: {said[-500:]}')
+        if code != 0 or not said:
+            raise DockerError('The command could not be prepared in the workspace: '
+                              f'{said[-500:] or "the engine lost what was printed; try again"}')
         return said.splitlines()[-1]
 
     @staticmethod

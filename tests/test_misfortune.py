@@ -19,6 +19,7 @@ from streaming import Sse, Ws, has_text, messages_until, statuses
 
 import agentbackend
 from _agentbackend import engine as engine_module
+from _agentbackend.clients import WebSocketClient
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog, ValidationError
 from _agentbackend.feeds import SessionFeed, WorkspaceFeed
 from _agentbackend.positions import BEGINNING, Cursor
@@ -475,3 +476,32 @@ def test_a_log_with_garbage_in_it_is_followed_all_the_same(make_server, docker_c
                 messages_until(one, lambda message: message['type'] == 'log'
                                and message['data']['message'] == 'after')
     assert 'Traceback' not in server.log.read_text()
+
+
+class Recorder:
+    """Takes what a client is sent."""
+
+    closed = False
+
+    def __init__(self):
+        self.sent = b''
+
+    def send_encoded(self, data):
+        self.sent += data
+
+
+def test_who_lets_go_of_a_workspace_before_it_was_told_all_is_told_with_those_of_all(backend):
+    """The moment in which a reader catches up is short, so here it does not end."""
+    workspace = backend.workspaces.create({'name': 'let-go', 'env': {'SLOW': '60'}})
+    socket = Recorder()
+    client = WebSocketClient(backend, socket, True)
+    for topic in ('*', workspace.id):
+        client._obey({'type': 'subscribe', 'workspaceId': topic})
+    gevent.sleep(1)
+    client._catching_up.add(client._feeds[workspace.id])
+    backend.events.publish('status', workspace.id, {'status': 'paused for a test'})
+    gevent.sleep(0.2)
+    assert b'paused for a test' not in socket.sent
+    client._obey({'type': 'unsubscribe', 'workspaceId': workspace.id})
+    gevent.sleep(0.2)
+    assert socket.sent.count(b'paused for a test') == 1

@@ -301,20 +301,6 @@ def test_who_follows_everything_and_one_is_told_each_status_once(server):
     assert statuses(found) == ['stopping', 'stopped']
 
 
-def test_who_lets_go_of_one_before_it_was_told_all_is_told_its_status_with_those_of_all(server):
-    """The log of a workspace that is being made is not known, and until it is its reader catches up."""
-    server.create('let-go', env={'SLOW': '60'})
-    with subscribed(server, '*') as stream:
-        stream.send(type='subscribe', workspaceId='let-go', tail=1)
-        messages_until(stream, is_status('creating'))
-        deleting = gevent.spawn(server.call, 'DELETE', '/api/workspaces/let-go')
-        server.until(lambda: server.get('/api/workspaces/let-go').get('status') == 'deleting')
-        stream.send(type='unsubscribe', workspaceId='let-go')
-        found = messages_until(stream, lambda message: message['data'].get('deleted'))
-        deleting.get()
-    assert statuses(found).count('deleting') == 2  # that it begins, and that it is done
-
-
 @pytest.mark.parametrize(('sent', 'code'), [
     (b'{"type": "subscribe", "workspaceId": "ws-nothing"}', 'WORKSPACE_NOT_FOUND'),
     (b'{"type": "unsubscribe", "workspaceId": "ws-nothing"}', 'WORKSPACE_NOT_FOUND'),
