@@ -7,11 +7,12 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     clients      who listens: SSE and WebSocket clients
     feeds        what a reader of a workspace or a session is given: what was missed, then what comes
     tasks        tasks that agents do in workspaces: begun, followed, watched, ended
-    terminals    terminals of workspaces, and the clients that look at them
+    talks        WebSocket clients of one terminal, or of one command
     repeats      requests that are sent again, answered as the first time
     waits        waiting for a workspace to become what a client waits for
     gitstate     what git knows of a project
     files        files of workspaces, read and written by a program inside them
+    terminals    terminals of workspaces, which are held inside them
     detached     commands that outlive client and server, known by their folders
     execs        commands that clients run in workspaces while they wait for them
     runs         commands that outlive everybody, each with a folder in the volume
@@ -127,8 +128,9 @@ from _agentbackend.runs import Runs
 from _agentbackend.schemas import Schemas
 from _agentbackend.server import Server
 from _agentbackend.state import State
+from _agentbackend.talks import CommandClient, TerminalClient
 from _agentbackend.tasks import Tasks
-from _agentbackend.terminals import TerminalClient, Terminals
+from _agentbackend.terminals import Terminals
 from _agentbackend.timing import parse_since
 from _agentbackend.views import (
     encode,
@@ -229,22 +231,19 @@ def follow_workspace(backend, call):
     comes."""
     workspace = backend.state.get(call.path['id'])
     backend.streams.admit()
-    cursor, tail = call_cursor(call), call.query.get('tail', DEFAULT_TAIL)
-    return follow(backend, call, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor, tail=tail))
+    cursor, tail = call_cursor(call) or cursor_since(backend, call, workspace), call.query.get('tail')
+    return follow(backend, call, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
+                                                       tail=DEFAULT_TAIL if tail is None else tail))
 
 
 def read_log(backend, call):
     """Get the log of a workspace as plain text: the last `tail` lines or those from `since` on; with `follow`
     also what comes."""
     workspace = backend.state.get(call.path['id'])
-    position = LogPosition.at(parse_since(call.query['since'])) if 'since' in call.query else None
-    tail = call.query.get('tail')
+    cursor, tail = cursor_since(backend, call, workspace), call.query.get('tail')
+    position = cursor.log if cursor else None
     backend.streams.admit()
     if call.query.get('follow'):
-        cursor = None
-        if position:
-            cursor = backend.events.topic(workspace.id).cursor.copy()
-            cursor.log = position
         tail = 10_000_000 if tail is None else tail
         stream = text_stream(opened(backend, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
                                                                    tail=tail), call.watch_disconnect))
@@ -252,6 +251,15 @@ def read_log(backend, call):
         lines = backend.logs.read(workspace.id, position=position, tail=tail)
         stream = log_text(backend, itertools.chain([next(lines, [])], lines), position or LogPosition())
     return Reply(stream=stream, headers=SSE_HEADERS | {'Content-Type': 'text/plain; charset=utf-8'})
+
+
+def cursor_since(backend, call, workspace):
+    """Return the Cursor from which on a log is asked for by a time, or None."""
+    if 'since' not in call.query:
+        return None
+    cursor = backend.events.topic(workspace.id).cursor.copy()
+    cursor.log = LogPosition.at(parse_since(call.query['since']))
+    return cursor
 
 
 def log_text(backend, parts, position):
@@ -297,6 +305,19 @@ def run_command(backend, call):
         call.trailers['X-Exit-Code'] = str(command.exit_code)
     return Reply(stream=Closing(parts(), command, call.watch_disconnect),
                  headers=headers | {'Trailer': 'X-Exit-Code'})
+
+
+def join_command(backend, call):
+    """Run a command over a WebSocket.
+
+    The first message is what POST takes. Then binary messages are its stdin, up to an empty one, of which not
+    more than 1 MiB may be under way (`taken` tells what has arrived), and what it prints, behind a byte that
+    is 1 for stdout and 2 for stderr. It ends with its whole process group when the client leaves.
+    """
+    need_websocket(call)
+    backend.streams.admit()
+    CommandClient(backend, call.websocket, backend.state.get(call.path['id'])).run()
+    return Reply({})
 
 
 def list_commands(backend, call):
@@ -719,6 +740,7 @@ def show_session(backend, session, status=200):
 DOWNLOADED = {'X-Content-Type-Options': 'nosniff', 'Content-Security-Policy': 'sandbox'}
 ENGINE_TROUBLE = (errors.DockerError, errors.EngineUnavailable)
 WORK_ERRORS = (errors.WorkspaceNotFound, errors.WorkspaceNotRunning, *ENGINE_TROUBLE)
+TALK_ERRORS = (errors.UpgradeRequired, errors.WorkspaceNotFound, errors.WorkspaceNotRunning, errors.TooMany)
 COMMAND_ERRORS = (*WORK_ERRORS, errors.ExecNotFound)
 FILE_ANSWERS = ('file-list', *ARCHIVES.values(), ANY_TYPE)
 FILE_ERRORS = (*WORK_ERRORS, errors.FileMissing, errors.FileExists, errors.NotAFolder, errors.NotAFile)
@@ -761,6 +783,8 @@ ROUTES = (
           errors=(*WORK_ERRORS, errors.TooMany)),
     Route('GET', '/api/workspaces/<id>/exec', list_commands, tag='Commands',
           answers={200: 'exec-run-list'}, errors=WORK_ERRORS),
+    Route('GET', '/api/workspaces/<id>/exec/ws', join_command, tag='Commands', answers={101: None},
+          talk=('exec', 'exec-talk'), errors=TALK_ERRORS),
     Route('GET', '/api/workspaces/<id>/exec/<exec_id>', get_command, tag='Commands',
           answers={200: 'exec-run'}, errors=COMMAND_ERRORS),
     Route('DELETE', '/api/workspaces/<id>/exec/<exec_id>', delete_command, tag='Commands',
@@ -784,8 +808,7 @@ ROUTES = (
     Route('DELETE', '/api/workspaces/<id>/files/<path:path>', delete_file, query='file-delete-query',
           tag='Commands', answers={200: 'file-deleted'}, errors=(*FILE_ERRORS, errors.PreconditionFailed)),
     Route('GET', '/api/workspaces/<id>/terminal', open_terminal, query='terminal-query', tag='Commands',
-          answers={101: None}, errors=(errors.UpgradeRequired, errors.WorkspaceNotFound,
-                                       errors.WorkspaceNotRunning, errors.TooMany)),
+          answers={101: None}, talk=('terminal-message', 'terminal-event'), errors=TALK_ERRORS),
     Route('GET', '/api/workspaces/<id>/terminals', list_terminals, tag='Commands',
           answers={200: 'terminal-list'}, errors=WORK_ERRORS),
     Route('DELETE', '/api/workspaces/<id>/terminals/<name>', end_terminal, tag='Commands',
@@ -816,7 +839,7 @@ ROUTES = (
     Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query', tag='Agents',
           answers={200: EVENT_STREAM}, errors=(errors.TooMany,)),
     Route('GET', '/agent/ws', open_websocket, open=True, tag='Streams', answers={101: None},
-          errors=(errors.UpgradeRequired,)),
+          talk=('websocket-message', 'any-event'), errors=(errors.UpgradeRequired,)),
     Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
     Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
     Route('GET', '/api/templates/<name>/log', read_build_log, tag='Server', answers={200: PLAIN_TEXT},

@@ -26,7 +26,8 @@ from _agentbackend.timing import cooperatively, with_pauses
 STARTS_AT_ONCE = 16  # more only queue up inside the engine, and let others wait
 LINGER = 1  # seconds that what a command left running may hold its output open
 KILLED = 137  # exit status of what was killed
-BEGUN, NO_FOLDER = b'\x06', b'\x05'
+BEGUN, NO_FOLDER, NO_PYTHON = b'\x06', b'\x05', b'\x04'
+SENT = 'sent'  # in the place of the size of a stdin that comes bit by bit
 SHORT = 65536  # bytes of output that are short
 SHORT_TIME = 1  # seconds within which a command has to end for its output to be short
 HEARTBEAT = 15  # seconds
@@ -34,34 +35,89 @@ HOMES = {USER: f'/home/{USER}', 'root': '/root'}
 # Runs a command with the environment that a shell of dev has, in the process group that the engine gave this
 # shell. When stdin ends, its reader is gone, or has had enough: then the whole group is killed, and so it is
 # when the server is. At the end the status is told on stderr behind a word that nobody else knows, so that
-# what the command left running keeps nobody waiting. What it is given on stdin comes first, so many bytes.
+# what the command left running keeps nobody waiting. What it is given on stdin comes first, so many bytes, or
+# as it is sent, by way of PUMP.
 RUN = r'''
-word=$1 size=$2 folder=$3; shift 3
+word=$1 size=$2 folder=$3 pump=$4; shift 4
 exec 3<&0
-if [ "$size" = 0 ]; then exec 4</dev/null; else
+if [ "$size" = 0 ]; then exec 4</dev/null; elif [ "$size" != sent ]; then
   input=$(mktemp -p "${TMPDIR:-/tmp}") && head -c "$size" <&3 >"$input" && exec 4<"$input" || exit
   [ "$(wc -c <"$input")" -eq "$size" ] || exit; rm -f "$input"
 fi
 cd "$folder" 2>/dev/null || { printf '\005'; exit 126; }
-{ read -r _ <&3; kill -s KILL -- "-$$"; } >/dev/null 2>&1 4<&- & watch=$!
+if [ "$size" = sent ]; then
+  command -v python3 >/dev/null || { printf '\004'; exit 127; }
+  pipe=$(mktemp -u -p "${TMPDIR:-/tmp}") && mkfifo -m 600 "$pipe" || exit
+  python3 -I -S -c "$pump" "$word" "$pipe" <&3 >/dev/null & watch=$!
+else
+  { read -r _ <&3; kill -s KILL -- "-$$"; } >/dev/null 2>&1 4<&- & watch=$!
+fi
 printf '\006'
 shell=/usr/local/lib/agentbackend/bash; [ -x "$shell" ] || shell=sh
-"$shell" "$@" <&4 3<&- 4<&-; status=$?
+if [ "$size" = sent ]; then
+  (rm -f "$pipe"; exec "$shell" "$@") <"$pipe" 3<&-
+else
+  "$shell" "$@" <&4 3<&- 4<&-
+fi
+status=$?
 kill "$watch"
 printf '\000%s %s\n' "$word" "$status" >&2
+'''
+# Passes what is sent on to a pipe. It comes in pieces behind their lengths, the last one empty, and is always
+# taken in, so that an end without that piece is seen at once and kills the group. How much has been passed on
+# is told on stderr behind the word: so the sender never has more than a WINDOW under way.
+PUMP = r'''
+import os, select, signal, sys
+def pump(word, pipe):
+    out = os.open(pipe, os.O_WRONLY)
+    os.set_blocking(out, False)
+    poll, came, waiting, ended = select.poll(), bytearray(), bytearray(), False
+    poll.register(0, select.POLLIN)
+    while True:
+        if out is not None:
+            poll.register(out, select.POLLOUT if waiting else 0)
+        for file, event in poll.poll():
+            if file == 0:
+                part = os.read(0, 65536)
+                if not part:
+                    return
+                came += part
+                while len(came) >= 4 and len(came) - 4 >= (size := int.from_bytes(came[:4], "big")):
+                    waiting += came[4:4 + size]
+                    del came[:4 + size]
+                    ended = ended or not size
+            elif event & select.POLLERR:
+                poll.unregister(out)
+                out = os.close(out)
+            else:
+                size = os.write(out, waiting[:65536])
+                del waiting[:size]
+                os.write(2, b"\0%s +%d\n" % (word, size))
+        if out is None and waiting:
+            os.write(2, b"\0%s +%d\n" % (word, len(waiting)))
+            waiting.clear()
+        if ended and not waiting and out is not None:
+            poll.unregister(out)
+            out = os.close(out)
+try:
+    pump(sys.argv[1].encode(), sys.argv[2])
+finally:
+    os.killpg(0, signal.SIGKILL)
 '''
 
 
 class Command:
     """A command at work. Iterate over it to read (stream, bytes) to its end, when `exit_code` is known."""
 
-    def __init__(self, stack, attached, word, *, timeout=None):
+    def __init__(self, stack, attached, word, *, timeout=None, on_taken=None):
         self._stack = stack
         self._attached = attached
+        self._on_taken = on_taken
         self._mark = b'\0' + word.encode() + b' '
         self._begun_at = time.monotonic()
         self._timers = [gevent.spawn_later(timeout, self._end_in_time)] if timeout else []
         self.exit_code = KILLED  # until it says otherwise
+        self._ended = False
         self.timed_out = False
         self.duration_ms = 0
         self._pieces = self._split(iter(attached))
@@ -80,6 +136,11 @@ class Command:
         yield from cooperatively(self._pieces)
         self.duration_ms = int((time.monotonic() - self._begun_at) * 1000)
 
+    def send(self, data):
+        """Give it some bytes of a stdin that comes bit by bit; none are its end. Raises OSError when it has
+        ended."""
+        self._attached.sendall(len(data).to_bytes(4, 'big') + data)
+
     def cut(self):
         """End the command with its process group; from whichever greenlet."""
         self._attached.cut()
@@ -96,24 +157,40 @@ class Command:
         self.cut()
 
     def _split(self, pieces):
-        """Yield the pieces without the mark, and take note of the status behind it."""
+        """Yield the pieces without the marks, and take note of what stands behind them: how much of stdin was
+        taken, and at last the status."""
         held = b''
         for stream, data in pieces:
             if stream != STDERR:
                 yield stream, data
                 continue
-            before, mark, status = (held + data).partition(self._mark)
-            kept = 0 if mark else self._beginning(before)
-            held = mark + status if mark else before[len(before) - kept:]
-            if before[:len(before) - kept]:
-                yield stream, before[:len(before) - kept]
-            if status.endswith(b'\n'):
-                self.exit_code = int(status)
+            said, held = self._apart(held + data)
+            if said:
+                yield stream, said
+            if self._ended:
                 self._timers.append(gevent.spawn_later(LINGER, self.cut))
                 break
         yield from ((stream, data) for stream, data in pieces if stream != STDERR)
         if held and not held.startswith(self._mark):
             yield STDERR, held
+
+    def _apart(self, data):
+        """Return (what the command said, what may be the beginning of a mark), and obey the marks between."""
+        said = b''
+        while not self._ended:
+            before, mark, rest = data.partition(self._mark)
+            said += before
+            line, newline, data = rest.partition(b'\n')
+            if not mark:
+                kept = self._beginning(said)
+                return said[:len(said) - kept], said[len(said) - kept:]
+            if not newline:
+                return said, mark + rest
+            if line.startswith(b'+'):
+                self._on_taken(int(line))
+            else:
+                self.exit_code, self._ended = int(line), True
+        return said, b''
 
     def _beginning(self, data):
         """Return how many bytes at the end of `data` may be the beginning of the mark."""
@@ -152,8 +229,11 @@ class Execs:
         return {'exitCode': command.exit_code, **texts(kept, truncated), 'durationMs': command.duration_ms,
                 'truncated': truncated, 'timedOut': command.timed_out}
 
-    def begin(self, workspace, body):
-        """Begin a command for a checked body of POST .../exec, and return its Command."""
+    def begin(self, workspace, body, on_taken=None):
+        """Begin a command for a checked body of POST .../exec, and return its Command.
+
+        With `on_taken(bytes)` its stdin comes by `Command.send`, and this is told how much it took.
+        """
         if workspace.status != RUNNING:
             raise not_running(workspace)
         user = body.get('user', USER)
@@ -163,7 +243,8 @@ class Execs:
             raise TooMany(f'EXEC_MAX_COMMANDS={self._config.exec_max_commands} commands are already running; '
                           'wait for one to finish.', headers={'Retry-After': '1'})
         data, word = stdin_of(body), secrets.token_hex(8)
-        words = ['sh', '-c', RUN, 'sh', word, str(len(data)), self.folder(workspace, body), *words_of(body)]
+        words = ['sh', '-c', RUN, 'sh', word, SENT if on_taken else str(len(data)),
+                 self.folder(workspace, body), PUMP if on_taken else '', *words_of(body)]
         stack, key = contextlib.ExitStack(), object()
         self._commands[key] = None
         stack.callback(self._commands.pop, key)
@@ -175,7 +256,7 @@ class Execs:
                 sending = gevent.spawn(attached.sendall, data) if data else None
                 stack.callback(lambda: sending and sending.kill())
                 self._commands[key] = attached
-                command = Command(stack, attached, word, timeout=body.get('timeout'))
+                command = Command(stack, attached, word, timeout=body.get('timeout'), on_taken=on_taken)
             self._check_begun(command, workspace, body)
             return command
         except (MissingOnEngine, ConflictOnEngine) as error:
@@ -201,6 +282,9 @@ class Execs:
         if command.first[:1] == NO_FOLDER:
             raise refusal('cwd', f"is {json.dumps(body.get('cwd', ''))}, but there is no such folder in the "
                                  'workspace')
+        if command.first[:1] == NO_PYTHON:
+            raise refusal('stdin', 'comes bit by bit, which needs python3 in the image of the workspace; '
+                                   'give it with the command')
         if 'unable to find user' in said:
             raise refusal('user', f"is {body.get('user', USER)}, whom the image of this workspace has not")
         if command.timed_out:

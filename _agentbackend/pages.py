@@ -144,9 +144,8 @@ def operation(route, schemas, titles, frame):
         shown['requestBody'] = {'required': True, 'content': {OCTETS: {
             'schema': {'type': 'string', 'format': 'binary'}, 'example': frame['examples'][OCTETS]}}}
     if route.websocket:
-        send, receive = (('websocket-message', 'any-event') if route.open
-                         else ('terminal-message', 'terminal-event'))
-        shown['x-websocket'] = {'send': schema_ref(titles[send]), 'receive': schema_ref(titles[receive])}
+        send, receive = (schema_ref(titles[name]) for name in route.talk)
+        shown['x-websocket'] = {'send': send, 'receive': receive}
     shown['responses'] = {str(status): answer(route, status, schemas, titles, frame['examples'])
                           for status in route.answers} | failures(route)
     return shown

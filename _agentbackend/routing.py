@@ -65,8 +65,8 @@ class Route:
     and may change that of others; an `open` one needs no token; a `bare` one answers without the envelope.
 
     The rest is for the OpenAPI document: under which `tag` it stands, if it does; its `answers`, from status
-    to the schema of the data, to a media type, or to None; and the `errors` and `headers` that it has beside
-    those of all routes.
+    to the schema of the data, to a media type, or to None; of a WebSocket the schemas of what is said on it,
+    `talk`, there and back; and the `errors` and `headers` that it has beside those of all routes.
     """
 
     method: str
@@ -79,6 +79,7 @@ class Route:
     bare: bool = False
     tag: str = None
     answers: dict = field(default_factory=dict)
+    talk: tuple = ()
     errors: tuple = ()
     headers: tuple = ()
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import requests
-from agents import running, served_agents
+import websocket
+from agents import running, seconds_until, served_agents
 from conftest import concurrently
 from streaming import connect, read_head
 
@@ -279,3 +280,116 @@ def test_a_server_that_stops_does_not_wait_for_commands(server, docker_client):
             sock.recv(1)
     server.start()
     until_gone(server, docker_client, 'sleep 7701')
+
+
+# Over a WebSocket
+
+
+class Talk:
+    """A command over a WebSocket, as a program has it."""
+
+    def __init__(self, server, command, **fields):
+        self.socket = websocket.create_connection(
+            f'ws://127.0.0.1:{server.port}/api/workspaces/work/exec/ws', timeout=30)
+        self.printed, self.told, self.taken, self.sent = {1: b'', 2: b''}, [], 0, 0
+        self.socket.send(json.dumps({'command': command, **fields}))
+
+    def take(self):
+        """Take a message; return whether there was one."""
+        opcode, data = self.socket.recv_data()
+        if opcode == websocket.ABNF.OPCODE_BINARY:
+            self.printed[data[0]] += data[1:]
+        elif opcode == websocket.ABNF.OPCODE_TEXT:
+            self.told.append(json.loads(data))
+            self.taken += self.told[-1].get('bytes', 0)
+        else:
+            self.closed = int.from_bytes(data[:2], 'big')
+        return opcode != websocket.ABNF.OPCODE_CLOSE
+
+    def until(self, condition):
+        """Take messages until it is so."""
+        while not condition():
+            assert self.take(), self.told
+
+    def send(self, data):
+        """Send some of its stdin, when there is room for it."""
+        self.until(lambda: self.sent - self.taken <= 2**19)
+        self.socket.send_binary(data)
+        self.sent += len(data)
+
+    def end(self):
+        """Return what was told at the end."""
+        while self.take():
+            pass
+        return self.told[-1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.shutdown()
+
+
+def test_bytes_pass_both_ways_over_a_websocket(server):
+    data = bytes(range(256)) * 256
+    with Talk(server, 'cat; echo fine >&2; exit 7') as talk:
+        for _ in range(40):
+            talk.send(data)
+        talk.send(b'')
+        assert {**talk.end(), 'durationMs': 0} == {'type': 'exit', 'exitCode': 7, 'durationMs': 0,
+                                                   'timedOut': False}
+        assert talk.printed[1] == data * 40 and talk.printed[2] == b'fine\n'
+        assert talk.taken == len(data) * 40 and talk.told[0] == {'type': 'ready'} and talk.closed == 1000
+
+
+def test_what_is_given_with_the_command_is_all_of_its_stdin(server):
+    with Talk(server, ['tr', 'a', 'b'], stdin='banana') as talk:
+        assert talk.end()['exitCode'] == 0 and talk.printed[1] == b'bbnbnb'
+    with Talk(server, 'cat', stdin='') as talk:
+        talk.socket.send_binary(b'more')
+        assert talk.end()['code'] == 'VALIDATION_ERROR' and talk.closed == 1007
+
+
+def test_a_command_that_reads_nothing_ends_when_its_client_leaves(server, docker_client):
+    with Talk(server, 'sleep 4321') as talk:
+        for _ in range(9):
+            talk.socket.send_binary(bytes(2**17))
+        until_running(server, docker_client, 'sleep 4321')
+    until_gone(server, docker_client, 'sleep 4321')
+    with Talk(server, 'sleep 4322') as talk:
+        until_running(server, docker_client, 'sleep 4322')
+        for _ in range(17):
+            talk.socket.send_binary(bytes(2**17))
+        talk.end()
+        assert talk.closed == 1008
+    until_gone(server, docker_client, 'sleep 4322')
+
+
+def test_one_that_closes_its_stdin_goes_on_and_one_that_ends_early_says_so(server):
+    with Talk(server, 'exec <&-; sleep 0.5; echo on') as talk:
+        for _ in range(100):
+            talk.send(bytes(2**17))
+        assert talk.end()['exitCode'] == 0 and talk.printed[1] == b'on\n'
+    with Talk(server, 'head -c 5; exit 3') as talk:
+        talk.socket.send_binary(b'more than that')
+        assert talk.end()['exitCode'] == 3 and talk.printed[1] == b'more '
+
+
+def test_what_cannot_begin_over_a_websocket_is_told(server):
+    wrong = {'cwd': 'nowhere', 'detach': True, 'user': 'nobody'}
+    for field, value in wrong.items():
+        with Talk(server, 'true', **{field: value}) as talk:
+            told = talk.end()
+            assert told['code'] == 'VALIDATION_ERROR' and told['details'][0]['path'] == field, told
+
+
+def test_a_server_that_dies_in_mid_stdin_leaves_nothing_and_ends_no_input(tmp_path, agents_template,
+                                                                         docker_client):
+    with served_agents(tmp_path, agents_template[0], docker_client, DEFAULT_TEMPLATE='agents') as own:
+        with Talk(own, 'cat >partial; touch ended; sleep 4323') as talk:
+            talk.send(bytes(2**17))
+            talk.until(lambda: talk.taken)
+            own.kill()
+            assert seconds_until(lambda: not running(docker_client, own.container, 'partial')) < 10
+        found = docker_client.containers.get(own.container).exec_run(['ls', '/workspace/work']).output.split()
+        assert b'partial' in found and b'ended' not in found

@@ -13,9 +13,9 @@ RULE = re.compile(r'# -{60,}')
 # the top down.
 LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'sshkeys', 'wire',
           'positions', 'schemas', 'config', 'records', 'store', 'state', 'activity', 'dockerclient',
-          'engine', 'access', 'runs', 'execs', 'detached', 'files', 'gitstate', 'waits', 'repeats',
-          'images', 'views', 'pages', 'events', 'logs', 'claim', 'probes', 'drafts', 'recipe',
-          'workspaces', 'keeper', 'gate', 'routing', 'terminals', 'tasks', 'feeds', 'clients', 'server', DOOR)
+          'engine', 'access', 'runs', 'execs', 'detached', 'terminals', 'files', 'gitstate', 'waits',
+          'repeats', 'images', 'views', 'pages', 'events', 'logs', 'claim', 'probes', 'drafts', 'recipe',
+          'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds', 'clients', 'server', DOOR)
 HOMES = {  # foreign library -> the files that may use it
     'docker': {'dockerclient', 'engine', 'images'}, 'requests': {'dockerclient'}, 'urllib3': {'dockerclient'},
     'jsonschema': {'schemas'}, 'referencing': {'schemas'},

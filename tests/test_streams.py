@@ -400,6 +400,8 @@ def test_the_log_as_plain_text(server, printer):
     with events(server, printer, '?tail=2') as stream:
         stamp = next_of(stream, 3)[1]['timestamp']
     assert server.call('GET', path, params={'since': stamp}).text.endswith('line 248\nline 249\n')
+    with events(server, printer, f'?since={stamp}') as stream:
+        assert next_of(stream, 2)[1]['timestamp'] == stamp
     assert server.call('GET', path, params={'since': '2100-01-01T00:00:00Z'}).text == ''
     assert server.call('GET', path, params={'since': '0'}).text.count('\n') == 251
     for since in ('nonsense', '-5', '2026-13-01T00:00:00Z'):
