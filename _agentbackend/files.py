@@ -33,7 +33,7 @@ DONE = b'\0done'
 MAX_HEAD = 2**16  # bytes of a line of its answer
 CODES = {'FILE_NOT_FOUND': FileMissing, 'FILE_EXISTS': FileExists, 'NOT_A_FOLDER': NotAFolder,
          'NOT_A_FILE': NotAFile, 'PRECONDITION_FAILED': PreconditionFailed, 'NOT_ALLOWED': Forbidden,
-         'NOT_A_TAR': ValidationError}
+         'NOT_A_TAR': ValidationError, 'INSIDE': ValidationError, 'FAILED': Forbidden}
 TEXTS = re.compile(r'text/|application/(json|javascript|xml)')
 ARCHIVES = {'tar': 'application/x-tar', 'tar.gz': 'application/gzip'}
 RANGE = re.compile(r'bytes=(\d*)-(\d*)')
@@ -56,20 +56,25 @@ class Work:
             self._attached.sendall(data)
 
     def send_body(self, pieces):
-        """Send a body, piece by piece."""
-        turn = Turn()
-        for data in pieces:
-            self.send(len(data).to_bytes(4, 'big') + data)
-            turn.pass_on()
-        self.send(bytes(4))
+        """Send a body, piece by piece; an answer that comes before its end is not kept waiting."""
+        turn, answered = Turn(), gevent.spawn(self._take_line)
+        answered.link(lambda _: self.cut())  # whoever has ended takes nothing more
+        try:
+            for data in pieces:
+                if answered.ready():
+                    break
+                self.send(len(data).to_bytes(4, 'big') + data)
+                turn.pass_on()
+            self.send(bytes(4))
+        except BaseException:
+            self.cut()
+            raise
+        finally:
+            answered.join()
 
     def answer(self):
         """Return the next line of its answer; raise the error that it tells."""
-        while b'\n' not in self._rest and len(self._rest) < MAX_HEAD:
-            data = self._next()
-            if not data:
-                break
-            self._rest += data
+        self._take_line()
         line, _, self._rest = self._rest.partition(b'\n')
         try:
             value = json.loads(line)
@@ -106,6 +111,13 @@ class Work:
         """End it, and put everything away."""
         self.cut()
         self._stack.close()
+
+    def _take_line(self):
+        while b'\n' not in self._rest and len(self._rest) < MAX_HEAD:
+            data = self._next()
+            if not data:
+                break
+            self._rest += data
 
     def _next(self):
         for stream, data in self._pieces:
@@ -240,11 +252,12 @@ def asked_range(header, if_range, told):
     match, size = RANGE.fullmatch((header or '').replace(' ', '')), told['size']
     if not match or match[0] == 'bytes=-' or (if_range and if_range != etag_of(told)):
         return None
-    first, last = match.groups()
-    if first and last and int(first) > int(last):
+    # No file has as many bytes as a number of 19 digits, and int() refuses those of thousands.
+    first, last = (int(text.lstrip('0')[:19] or 0) if text else None for text in match.groups())
+    if None not in (first, last) and first > last:
         return None
-    start = int(first) if first else max(0, size - int(last))
-    end = min(int(last), size - 1) if first and last else size - 1
+    start = max(0, size - last) if first is None else first
+    end = size - 1 if None in (first, last) else min(last, size - 1)
     if start > end:
         raise RangeNotSatisfiable(f'The file has {size} bytes, none of them in {header[:100]}.',
                                   headers={'Content-Range': f'bytes */{size}'})

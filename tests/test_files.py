@@ -1,16 +1,27 @@
 """Files of a workspace: what goes in comes out, whole or not at all, and no path leads out."""
+import base64
 import contextlib
+import gzip
 import hashlib
+import http.client
 import io
+import json
 import os
+import select
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 
+import gevent
 import pytest
 import requests
 from agents import running, served_agents, shell
 from conftest import concurrently
 from streaming import connect, read_head
+
+from _agentbackend.files import PROGRAM
 
 CHUNK = os.urandom(2**20)
 
@@ -127,6 +138,9 @@ def test_ranges_are_parts_of_a_file(server):
         assert files(server, 'GET', '/numbers', headers={'Range': header}).status_code == 200
     answer = files(server, 'GET', '/numbers', headers={'Range': 'bytes=100-'})
     assert answer.status_code == 416 and answer.headers['Content-Range'] == 'bytes */100'
+    for header, wanted in (('bytes=90-' + '9' * 5000, 10), (f'bytes={"0" * 5000}-4', 5),
+                           ('bytes=-' + '9' * 5000, 100)):
+        assert len(content(server, '/numbers', headers={'Range': header})) == wanted
     old = {'Range': 'bytes=0-0', 'If-Range': '"other"'}
     assert files(server, 'GET', '/numbers', headers=old).status_code == 200
 
@@ -161,11 +175,72 @@ def test_files_are_moved_copied_and_deleted(server, docker_client):
     assert refusal(change(server, '/tree/moved', 'move')) == (400, 'VALIDATION_ERROR')
     assert files(server, 'DELETE', '/tree/b?recursive').json()['data'] == {'path': 'tree/b', 'deleted': True}
     assert refusal(files(server, 'DELETE', '/tree/b')) == (404, 'FILE_NOT_FOUND')
-    for path in ('/.', '//workspace/work', '//workspace', '/tree/..'):
-        answer = requests.request('DELETE', f'http://127.0.0.1:{server.port}/api/workspaces/work/files'
-                                            f'{path}?recursive', timeout=20)
-        assert answer.status_code in (400, 404), (path, answer.text)
+    inside(server, docker_client, 'ln -sfn .. up')
+    for path in ('/.', '//workspace/work', '//workspace', '/tree/..', '/tree/../../work', '/up/work',
+                 '//workspace/work/../work'):
+        # Not by way of requests, which takes `..` away.
+        with contextlib.closing(http.client.HTTPConnection('127.0.0.1', server.port, timeout=20)) as client:
+            client.request('DELETE', f'/api/workspaces/work/files{path}?recursive')
+            assert client.getresponse().status in (400, 404), path
+    assert refusal(change(server, '/up/work', 'move', to='/workspace/other')) == (400, 'VALIDATION_ERROR')
     assert names(server)['tree'] == 'folder'
+
+
+def test_what_comes_to_a_target_meanwhile_is_kept(server, docker_client):
+    inside(server, docker_client, 'mkdir -p slow && head -c 400000000 /dev/zero >slow/zeros')
+    copying = gevent.spawn(change, server, '/slow', 'copy', to='taken')
+    pid = server.until(lambda: held_copy(server, docker_client))
+    inside(server, docker_client, 'echo precious >taken')
+    os.kill(pid, signal.SIGCONT)
+    assert refusal(copying.get()) == (409, 'FILE_EXISTS')
+    assert content(server, '/taken') == b'precious\n'
+    assert not hidden(server, docker_client)
+    files(server, 'DELETE', '/slow?recursive')
+
+
+def answer_of(folder, prelude, body=b'', **request):
+    """Return the last answer of the program inside, which runs here, behind a line of Python."""
+    line = json.dumps({'base': str(folder), 'kept': [''], **request}).encode() + b'\n'
+    done = subprocess.run([sys.executable, '-c', f'{prelude}\n{PROGRAM.decode()}'], input=line + body,
+                          stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_file_that_comes_at_the_last_moment_is_kept(tmp_path):
+    (tmp_path / 'from').write_text('other')
+    for request, wanted in (
+            ({'work': 'write', 'path': 'file', 'noneMatch': ['*']}, 'PRECONDITION_FAILED'),
+            ({'work': 'move', 'path': 'from', 'to': 'file'}, 'FILE_EXISTS')):
+        # It comes when a file that was written is given its mode, or when ctypes is asked for.
+        late = f"open({str(tmp_path / 'file')!r}, 'w').write('precious')"
+        prelude = ('import ctypes, os; set_mode = os.fchmod; '
+                   f'os.fchmod = lambda *given: ({late}, set_mode(*given)); load = ctypes.CDLL; '
+                   f'ctypes.CDLL = lambda *given, **more: ({late}, load(*given, **more))[1]')
+        assert answer_of(tmp_path, prelude, (3).to_bytes(4, 'big') + b'new' + bytes(4), **request)[
+            'code'] == wanted
+        assert (tmp_path / 'file').read_text() == 'precious'
+        (tmp_path / 'file').unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ['from']
+
+
+def test_things_are_moved_where_the_c_library_cannot_keep_them_apart(tmp_path):
+    for name, make in (('file', lambda path: path.write_text('x')), ('folder', lambda path: path.mkdir()),
+                       ('link', lambda path: path.symlink_to('nowhere'))):
+        make(tmp_path / name)
+        answer = answer_of(tmp_path, 'import sys; sys.modules["ctypes"] = None', work='move', path=name,
+                           to=f'moved/{name}')
+        assert answer['ok'], answer
+        assert os.path.lexists(tmp_path / 'moved' / name) and not os.path.lexists(tmp_path / name)
+
+
+def test_nothing_is_moved_or_copied_into_itself(server, docker_client):
+    inside(server, docker_client, 'mkdir -p round/sub && ln -s round/sub way')
+    for operation in ('move', 'copy'):
+        for target in ('round/new/deep', 'round/sub/../new', 'way/new', 'round/sub/x'):
+            answer = change(server, '/round', operation, to=target)
+            assert answer.status_code == 400 and 'within itself' in answer.json()['error'], answer.text
+    assert inside(server, docker_client, 'find round').split() == ['round', 'round/sub']
+    assert change(server, '/round', 'move', to='round/sub/../../square').status_code == 201
 
 
 def test_a_tree_goes_in_and_out_as_a_tar(server, docker_client):
@@ -191,11 +266,86 @@ def test_a_tree_goes_in_and_out_as_a_tar(server, docker_client):
     assert refusal(files(server, 'PUT', '', data=b'')) == (400, 'VALIDATION_ERROR')
 
 
+def test_a_tar_that_is_not_whole_is_refused(server):
+    whole, one = make_tar(*[file_entry(f'f{number}', bytes(600)) for number in range(5)]), 1536
+    damaged = bytearray(whole)
+    damaged[2 * one + 10] ^= 255
+    packed = gzip.compress(whole)
+    for form, data in (('tar', damaged), ('tar', whole[:2 * one]), ('tar', whole[:2 * one + 100]),
+                       ('tar', whole[:2 * one + 600]), ('tar', whole[:5 * one]),
+                       ('tar', whole[:2 * one] + bytes(512) + whole[3 * one:]),
+                       ('tar.gz', gzip.compress(damaged)), ('tar.gz', gzip.compress(whole[:2 * one])),
+                       ('tar.gz', packed[:-12]), ('tar.gz', packed[:-8] + b'nosum123')):
+        answer = files(server, 'PUT', f'/not-whole?extract={form}', data=bytes(data))
+        assert answer.status_code == 400 and 'not a tar' in answer.json()['error'], answer.text
+
+
+def test_tars_of_all_programs_are_taken(server, docker_client):
+    inside(server, docker_client, 'mkdir -p made/sub && echo 1 >made/sub/a && echo 2 >made/b && '
+                                  f'touch "made/{"long" * 30}"')
+    made = [inside(server, docker_client, f'cd made && {{ {command}; }} | base64')
+            for command in ('tar c .', 'tar c --format=gnu .', 'tar c --format=v7 sub b', 'tar c -b1 .',
+                            'tar c --format=posix .', 'busybox tar c . 2>/dev/null || tar c .',
+                            '(tar c b; tar c sub)', 'tar c b | head -c 1536')]
+    tars = [base64.b64decode(text) for text in made]
+    tars.append(b''.join(docker_client.containers.get(server.container).get_archive(
+        '/workspace/work/made')[0]))
+    tars.append(make_tar())
+    for data in tars:
+        for form, body in (('tar', data), ('tar.gz', gzip.compress(data)),
+                           ('tar.gz', gzip.compress(data[:700]) + gzip.compress(data[700:]))):
+            answer = files(server, 'PUT', f'/taken-in?extract={form}', data=body)
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(('kind', 'headers'), [
+    (tarfile.REGTYPE, {'mtime': 'nan'}), (tarfile.REGTYPE, {'mtime': '1e300'}),
+    (tarfile.DIRTYPE, {'mtime': '1e300'}), (tarfile.SYMTYPE, {'linkpath': 'a\0b'}),
+    (tarfile.LNKTYPE, {'linkpath': 'a\0b'}), (tarfile.REGTYPE, {'GNU.sparse.map': '0,x'}),
+    (tarfile.REGTYPE, {'GNU.sparse.major': '1', 'GNU.sparse.minor': '0'})])
+def test_a_tar_that_is_nonsense_is_refused(server, docker_client, kind, headers):
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode='w', format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo('odd')
+        entry.type, entry.linkname, entry.pax_headers = kind, 'x', headers
+        entry.size = 3 if kind == tarfile.REGTYPE else 0
+        archive.addfile(entry, io.BytesIO(b'abc'))
+    inside(server, docker_client, 'rm -rf nonsense')
+    answer = files(server, 'PUT', '/nonsense?extract=tar', data=made.getvalue())
+    assert refusal(answer) == (400, 'VALIDATION_ERROR') and 'not a tar' in answer.json()['error']
+
+
+def test_what_is_refused_is_told_before_the_end_of_the_body(server):
+    with uploading(server, '/early?extract=tar', 10**9) as sock:
+        sock.sendall(make_tar(file_entry('../x')))
+        for _ in range(500):
+            if select.select([sock], [], [], 0.01)[0]:
+                break
+            sock.sendall(CHUNK[:2**18])
+        assert b' 400 ' in sock.recv(1000)
+
+
 def test_a_thousand_files_go_in_at_once(server, docker_client):
     data = make_tar(*[file_entry(f'many/{number % 10}/{number}', b'%d' % number) for number in range(1000)])
     assert files(server, 'PUT', '?extract=tar', data=data).json()['data']['entries'] == 1000
     assert inside(server, docker_client, 'find many -type f | wc -l').strip() == '1000'
     assert content(server, '/many/7/997') == b'997'
+
+
+def test_of_a_tar_with_many_deep_files_none_is_kept_open(server, docker_client):
+    limit = int(inside(server, docker_client, 'ulimit -n'))
+    data = make_tar(*[file_entry(f'open/{"d/" * 400}{number}') for number in range(limit // 400 + 2)])
+    answer = files(server, 'PUT', '?extract=tar', data=data)
+    assert answer.status_code == 200 and answer.json()['data']['entries'] == limit // 400 + 2, answer.text
+
+
+def test_a_tree_of_any_depth_is_deleted(server, docker_client):
+    put(server, f'/{"b/" * 1500}c')
+    assert files(server, 'DELETE', '/b?recursive').status_code == 200
+    inside(server, docker_client, 'mkdir -p locked/in && touch locked/in/file && chmod 555 locked/in')
+    answer = files(server, 'DELETE', '/locked?recursive')
+    assert refusal(answer) == (403, 'FORBIDDEN')
+    assert answer.json()['error'] == 'locked: Permission denied'
 
 
 def memory(server):
@@ -249,6 +399,15 @@ def hidden(server, docker_client, folder='.'):
             if name.startswith('.agentbackend')]
 
 
+def held_copy(server, docker_client):
+    """Let a copy that is at work stand still, and return its number; None when there is none."""
+    for number, command in docker_client.api.top(server.container, 'axo pid,args')['Processes']:
+        if command.startswith('cp -a'):
+            os.kill(int(number), signal.SIGSTOP)
+            return int(number)
+    return None
+
+
 def until_no_work(server, docker_client):
     server.until(lambda: not running(docker_client, server.container, 'python3 -I -S'))
 
@@ -271,6 +430,21 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(server, docker_client
     until_no_work(server, docker_client)
     assert names(server, '/partial') == {'kept': 'file'}
     assert not hidden(server, docker_client, 'partial')
+
+
+def test_a_server_that_is_killed_leaves_nothing_of_a_copy(server, docker_client):
+    inside(server, docker_client, 'mkdir -p heavy && head -c 400000000 /dev/zero >heavy/zeros')
+    body = b'{"operation": "copy", "to": "copied"}'
+    with connect(server) as sock:
+        sock.sendall(b'POST /api/workspaces/work/files/heavy HTTP/1.1\r\nHost: localhost\r\nContent-Type: '
+                     b'application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body))
+        server.until(lambda: held_copy(server, docker_client))
+        assert hidden(server, docker_client)
+        server.kill()
+    server.start()
+    until_no_work(server, docker_client)
+    assert not hidden(server, docker_client) and 'copied' not in names(server)
+    files(server, 'DELETE', '/heavy?recursive')
 
 
 def test_a_client_that_leaves_a_download_leaves_nothing_running(server, docker_client):

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -54,10 +53,16 @@ class Tree:
     def __init__(self, base):
         self.base = base
         self.root = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._opened = []
 
-    def find(self, path, *, follow=True, make=False):
+    def release(self):
+        """Close what was opened on the way to the places found so far."""
+        while self._opened:
+            os.close(self._opened.pop())
+
+    def find(self, path, *, follow=True, make=False, outside=None):
         """Return the Place of a path; with `make` the folders above it are made. The last name is followed if
-        it is a link and `follow` says so."""
+        it is a link and `follow` says so. It is not within the folder whose stat is `outside`."""
         stack, links = [self.root], 0
         todo, is_folder = self._names(path), path.endswith('/.')
         while todo:
@@ -78,6 +83,9 @@ class Tree:
                     target, stack = self._below(target), [self.root]
                 todo = self._names(target) + todo
                 continue
+            if (is_last or known is None) and outside is not None and any(
+                    os.path.samestat(os.fstat(folder), outside) for folder in stack):
+                raise Refused('INSIDE', 'its target is within itself')
             if is_last and not is_folder:
                 return found
             stack.append(self._enter(found, known, make))
@@ -92,8 +100,7 @@ class Tree:
             raise Refused('OUTSIDE', 'it is a link that leads out of the workspace')
         return target[len(self.base):]
 
-    @staticmethod
-    def _enter(place, known, make):
+    def _enter(self, place, known, make):
         if known is None:
             if not make:
                 raise Refused('FILE_NOT_FOUND', 'there is no such file')
@@ -101,7 +108,8 @@ class Tree:
                 os.mkdir(place.name, 0o755, dir_fd=place.folder)
         elif not stat.S_ISDIR(known.st_mode):
             raise Refused('NOT_A_FOLDER', f'{place.name} is not a folder')
-        return place.open_folder()
+        self._opened.append(place.open_folder())
+        return self._opened[-1]
 
 
 class Body:
@@ -149,11 +157,11 @@ def answer(**values):
     sys.stdout.buffer.flush()
 
 
-def watch_stdin():
-    """End this process and its children when stdin ends."""
+def watch_stdin(end=lambda: os.killpg(0, 9)):
+    """Call `end` when stdin ends; by default this process and its children are ended."""
     def watch():
         if not os.read(0, 1):
-            os.killpg(0, 9)
+            end()
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -294,14 +302,15 @@ class Draft:
             while view:
                 view = view[os.write(self.file, view):]
 
-    def put(self, name, mode):
-        """Give it its name, in the place of what has it."""
+    def put(self, name, mode, *, new=False):
+        """Give it its name, in the place of what has it; with `new` nothing may have it."""
         os.fchmod(self.file, mode)
         if self._hidden is None:
             hidden = hidden_name()
             os.link(f'/proc/self/fd/{self.file}', hidden, dst_dir_fd=self._folder, follow_symlinks=True)
             self._hidden = hidden
-        os.rename(self._hidden, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        rename = rename_new if new else os.rename
+        rename(self._hidden, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._hidden = None
 
     def close(self):
@@ -315,6 +324,25 @@ class Draft:
 def hidden_name():
     """Return a name that nothing has yet."""
     return f'.agentbackend-{os.urandom(8).hex()}'
+
+
+def rename_new(name, new, *, src_dir_fd, dst_dir_fd):
+    """Rename as os.rename does, but replace nothing: FileExistsError tells that something has come there."""
+    number = errno.ENOSYS
+    with contextlib.suppress(ImportError, AttributeError):  # not every libc has it
+        import ctypes  # takes its time, which the others need not spend
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+        if call(src_dir_fd, os.fsencode(name), dst_dir_fd, os.fsencode(new), 1) == 0:  # RENAME_NOREPLACE
+            return
+        number = ctypes.get_errno()
+    if number not in (errno.ENOSYS, errno.EINVAL):  # which kernels and file systems say that lack it
+        raise OSError(number, 'there is something at its target' if number == errno.EEXIST
+                      else os.strerror(number))
+    if stat.S_ISDIR(os.lstat(name, dir_fd=src_dir_fd).st_mode):
+        os.rename(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)  # of folders only an empty one
+        return
+    os.link(name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, follow_symlinks=False)
+    os.unlink(name, dir_fd=src_dir_fd)
 
 
 def write(tree, request, lines):
@@ -334,37 +362,66 @@ def write(tree, request, lines):
         umask = os.umask(0o022)
         os.umask(umask)
         mode = stat.S_IMODE(found.st_mode) if found is not None else 0o666 & ~umask
-        draft.put(place.name, request['mode'] if request.get('mode') is not None else mode)
+        try:
+            draft.put(place.name, request['mode'] if request.get('mode') is not None else mode,
+                      new='*' in (request.get('noneMatch') or ()))
+        except FileExistsError:
+            check_match(request, place.stat())
+            raise
     head(place, place.stat(), created=found is None)
 
 
 def extract(tree, request, lines):
     """Write a tree from a tar in the body. Each of its names is walked as any path."""
-    import tarfile  # takes its time, which the others need not spend
-    tree.find(request['path'] + '/.', make=True).open_folder()
-    prefix, count = request['path'].rstrip('/'), 0
+    import gzip  # these take their time, which the others need not spend
+    import tarfile
+    import zlib
+    tree.find(request['path'] + '/.', make=True)
     answer(ok=True)
     body = Body(lines)
-    mode, later = 'r|gz' if request['form'] == 'tar.gz' else 'r|', []
     try:
-        with tarfile.open(fileobj=body, mode=mode, encoding='utf-8', errors='surrogateescape',
-                          bufsize=PIECE) as tar:
-            for member in tar:
-                unpack(tree, prefix, tar, member, later)
-                count += 1
-    except (tarfile.TarError, EOFError, OverflowError) as error:
+        count = unpack_all(tree, request['path'].rstrip('/'),
+                           gzip.GzipFile(fileobj=body) if request['form'] == 'tar.gz' else body)
+    # Beside its own errors, tarfile lets through what numbers and lists of a header that is wrong give.
+    except (tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, ValueError, ArithmeticError,
+            LookupError, RecursionError) as error:
         raise Refused('NOT_A_TAR', f'it is not a tar that can be read: {error}') from error
-    except OSError as error:
-        if error.errno is None or 'gzip' in str(error).lower():
-            raise Refused('NOT_A_TAR', f'it is not a tar that can be read: {error}') from error
-        raise
-    for _ in body.pieces():
-        pass
-    for folder, changed in reversed(later):
-        with contextlib.suppress(OSError, Refused):
-            os.utime(tree.find(folder, follow=False).open_folder(), (changed, changed))
     place = tree.find(request['path'])
     head(place, place.stat(), created=False, entries=count)
+
+
+def unpack_all(tree, prefix, source):
+    """Write all entries of a tar, and return how many there are."""
+    import tarfile
+
+    class Header(tarfile.TarInfo):
+        """A header that is the end of a tar only where it says so: tarfile takes any bad one for that."""
+
+        @classmethod
+        def fromtarfile(cls, archive):
+            try:
+                return super().fromtarfile(archive)
+            except tarfile.EOFHeaderError:
+                raise
+            except tarfile.HeaderError as error:
+                raise tarfile.ReadError(f'{error}, before the end') from error
+
+    count, later = 0, []
+    with tarfile.open(fileobj=source, mode='r|', tarinfo=Header, encoding='utf-8', errors='surrogateescape',
+                      bufsize=PIECE) as tar:
+        for member in tar:
+            unpack(tree, prefix, tar, member, later)
+            tree.release()
+            count += 1
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b'\0'):
+            raise tarfile.ReadError('an empty header, before the end')
+    for _ in iter(lambda: source.read(PIECE), b''):
+        pass  # the sum of a gzip stands at its end
+    for folder, changed in reversed(later):
+        with contextlib.suppress(OSError, Refused):
+            os.utime(tree.find(folder + '/.', follow=False).folder, (changed, changed))
+        tree.release()
+    return count
 
 
 def unpack(tree, prefix, tar, member, later):
@@ -404,16 +461,32 @@ def unpack(tree, prefix, tar, member, later):
         raise Refused('NOT_A_FILE', f'{member.name!r} in the tar is neither file, folder nor link')
 
 
+def check_kept(tree, request, place, found):
+    """Refuse to take away the base or the folder of the project, by whichever way it was reached."""
+    kept = [tree.find(path, follow=False).stat() for path in request['kept']]
+    if not place.name or any(known and os.path.samestat(known, found) for known in kept):
+        raise Refused('OUTSIDE', 'it is the folder of the project, or one above it')
+
+
+def delete_tree(folder, name):
+    """Delete a tree of any depth; return what rm says of that, nothing when it is gone."""
+    done = subprocess.run(['rm', '-rf', '--', f'/proc/self/fd/{folder}/{name}'], pass_fds=(folder,),
+                          env={**os.environ, 'LC_ALL': 'C'}, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return done.stderr.decode('utf-8', 'replace').strip() if done.returncode else ''
+
+
 def remove(tree, request, lines):
     """Delete a file, a link, or a folder; one that is not empty only if that is said."""
     place, found = existing(tree, request, follow=False)
-    if not place.name or request['path'].strip('/') in request['kept']:
-        raise Refused('OUTSIDE', 'it is the folder of the project, or one above it')
+    check_kept(tree, request, place, found)
     check_match(request, found)
     if not stat.S_ISDIR(found.st_mode):
         os.unlink(place.name, dir_fd=place.folder)
     elif request.get('recursive'):
-        shutil.rmtree(place.name, dir_fd=place.folder)
+        said = delete_tree(place.folder, place.name)
+        if said:
+            raise Refused('FAILED', said.rpartition(': ')[2])
     else:
         os.rmdir(place.name, dir_fd=place.folder)
     answer(ok=True)
@@ -428,9 +501,10 @@ def make_folder(tree, request, lines):
     head(place, place.stat(), created=True)
 
 
-def target_of(tree, request):
-    """Return the Place that something is to be moved or copied to, which nothing has."""
-    place = tree.find(request['to'], follow=False, make=True)
+def target_of(tree, request, found):
+    """Return the Place that something with the stat `found` is to be moved or copied to, which nothing
+    has."""
+    place = tree.find(request['to'], follow=False, make=True, outside=found)
     if place.stat() is not None:
         raise Refused('FILE_EXISTS', 'there is something at its target')
     return place
@@ -438,11 +512,10 @@ def target_of(tree, request):
 
 def move(tree, request, lines):
     """Give a file or folder another name."""
-    place, _ = existing(tree, request, follow=False)
-    if not place.name or request['path'].strip('/') in request['kept']:
-        raise Refused('OUTSIDE', 'it is the folder of the project, or one above it')
-    to = target_of(tree, request)
-    os.rename(place.name, to.name, src_dir_fd=place.folder, dst_dir_fd=to.folder)
+    place, found = existing(tree, request, follow=False)
+    check_kept(tree, request, place, found)
+    to = target_of(tree, request, found)
+    rename_new(place.name, to.name, src_dir_fd=place.folder, dst_dir_fd=to.folder)
     head(to, to.stat(), created=True)
 
 
@@ -453,15 +526,19 @@ def copy(tree, request, lines):
         raise Refused('OUTSIDE', 'it is the folder of all')
     if not any(check(found.st_mode) for check in (stat.S_ISDIR, stat.S_ISREG, stat.S_ISLNK)):
         raise Refused('NOT_A_FILE', 'it is neither a file nor a folder')
-    to, hidden = target_of(tree, request), hidden_name()
-    watch_stdin()
-    done = subprocess.run(['cp', '-a', '-T', '--', f'/proc/self/fd/{place.folder}/{place.name}',
-                           f'/proc/self/fd/{to.folder}/{hidden}'], pass_fds=(place.folder, to.folder),
-                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    if done.returncode:
-        subprocess.run(['rm', '-rf', '--', f'/proc/self/fd/{to.folder}/{hidden}'], pass_fds=(to.folder,))
-        raise Refused('FAILED', done.stderr.decode('utf-8', 'replace')[-300:].strip())
-    os.rename(hidden, to.name, src_dir_fd=to.folder, dst_dir_fd=to.folder)
+    to, hidden = target_of(tree, request, found), hidden_name()
+    copying = subprocess.Popen(['cp', '-a', '-T', '--', f'/proc/self/fd/{place.folder}/{place.name}',
+                                f'/proc/self/fd/{to.folder}/{hidden}'], pass_fds=(place.folder, to.folder),
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    watch_stdin(copying.kill)
+    try:
+        said = copying.communicate()[1]
+        if copying.returncode:
+            raise Refused('FAILED', said.decode('utf-8', 'replace')[-300:].strip())
+        rename_new(hidden, to.name, src_dir_fd=to.folder, dst_dir_fd=to.folder)
+    except BaseException:
+        delete_tree(to.folder, hidden)
+        raise
     head(to, to.stat(), created=True)
 
 
