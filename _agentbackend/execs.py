@@ -41,8 +41,8 @@ RUN = r'''
 word=$1 size=$2 folder=$3 pump=$4; shift 4
 exec 3<&0
 if [ "$size" = 0 ]; then exec 4</dev/null; elif [ "$size" != sent ]; then
-  input=$(mktemp -p "${TMPDIR:-/tmp}") && head -c "$size" <&3 >"$input" && exec 4<"$input" || exit
-  [ "$(wc -c <"$input")" -eq "$size" ] || exit; rm -f "$input"
+  input=$(mktemp -p "${TMPDIR:-/tmp}") && exec 4<"$input" && rm -f "$input" || exit
+  head -c "$size" <&3 >/proc/self/fd/4 && [ "$(wc -c </proc/self/fd/4)" -eq "$size" ] || exit
 fi
 cd "$folder" 2>/dev/null || { printf '\005'; exit 126; }
 if [ "$size" = sent ]; then
@@ -279,6 +279,9 @@ class Execs:
         rest = b''.join(data for _, data in command)
         said = (command.first + rest).decode('utf-8', 'replace').strip()
         command.close()
+        if command.first[:1] == NO_FOLDER and not body.get('cwd'):
+            raise refusal('cwd', "is not given, and the project's folder, in which commands begin then, is "
+                                 f'missing: {workspace.folder}')
         if command.first[:1] == NO_FOLDER:
             raise refusal('cwd', f"is {json.dumps(body.get('cwd', ''))}, but there is no such folder in the "
                                  'workspace')

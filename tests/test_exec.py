@@ -14,6 +14,8 @@ from agents import running, seconds_until, served_agents
 from conftest import concurrently
 from streaming import connect, read_head
 
+from _agentbackend.execs import RUN
+
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory, agents_template, docker_client):
@@ -100,6 +102,10 @@ def test_it_begins_in_the_folder_that_is_asked_for(server):
     assert done(server, 'pwd', cwd='/tmp')['stdout'] == '/tmp\n'
     answer = execute(server, 'pwd', cwd='nowhere')
     assert answer.status_code == 400 and answer.json()['details'][0]['path'] == 'cwd'
+    done(server, 'mv work hidden', cwd='/workspace')
+    answer = execute(server, 'pwd')
+    done(server, 'mv hidden work', cwd='/workspace')
+    assert answer.status_code == 400 and "project's folder" in answer.json()['error']
 
 
 def test_it_is_given_its_input_whole_and_an_end_of_it(server):
@@ -108,6 +114,28 @@ def test_it_is_given_its_input_whole_and_an_end_of_it(server):
         server, 'printf "ä line\\n%.0s" $(seq 100000) | md5sum')['stdout'].split()[0]
     assert done(server, 'cat; echo end')['stdout'] == 'end\n'
     assert done(server, ['true'], stdin=text)['exitCode'] == 0  # it reads none of it
+
+
+def test_nothing_is_left_of_an_input(server, docker_client):
+    def left():
+        return done(server, 'find /tmp -maxdepth 1 -type f -name "tmp.*"')['stdout']
+    before = left()
+    body = json.dumps({'command': 'cat >/dev/null; sleep 7501', 'stdin': 'x' * 5_000_000}).encode()
+    with contextlib.closing(connect(server, 30)) as sock:
+        sock.sendall(b'POST /api/workspaces/work/exec HTTP/1.1\r\nHost: localhost\r\nContent-Type: '
+                     b'application/json\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body))
+        until_running(server, docker_client, 'sleep 7501')
+        assert left() == before
+    # A sender that ends in the middle of it.
+    engine, words = docker_client.api, ['sh', 'word', '1000', '/', '', '-c', 'true']
+    made = engine.exec_create(server.container, ['sh', '-c', RUN, *words], stdin=True, user='dev')
+    sock = engine.exec_start(made['Id'], socket=True)
+    sock._sock.sendall(b'x' * 10)
+    server.until(lambda: running(docker_client, server.container, 'head -c 1000'))
+    assert left() == before
+    sock._sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+    until_gone(server, docker_client, 'head -c 1000')
 
 
 def test_what_is_no_text_comes_as_base64(server):

@@ -1,7 +1,8 @@
 """What git knows of a project, and the patch of it; in the real image, since it takes a real git."""
 import pytest
-from agents import served_agents, shell
+from agents import running, served_agents, shell
 from conftest import ROOT
+from streaming import connect
 
 
 @pytest.fixture(scope='module')
@@ -77,6 +78,38 @@ def test_what_is_no_repository_and_no_commit(server, git):
     git('rm -rf .git')
     assert state(server)['repository'] is False
     assert server.call('GET', '/api/workspaces/work/git/diff').status_code == 400
+
+
+def test_nothing_that_the_project_names_is_run(server, git):
+    git('echo one >file; git add .; git commit -qm one; rm -f /tmp/ran; printf "#!/bin/sh\ntouch /tmp/ran\n" '
+        '>/tmp/plant; chmod +x /tmp/plant; git config core.fsmonitor /tmp/plant; '
+        'cp /tmp/plant .git/hooks/post-index-change; echo two >>file; echo new >other')
+    assert {item['path'] for item in state(server)['changes']} == {'file', 'other'}
+    assert '+two' in diff(server) and '+new' in diff(server)
+    git('! [ -e /tmp/ran ]')
+
+
+def test_a_name_that_looks_like_a_header_is_a_name(server, git):
+    git('seq 50 >"# x"; git add .; git commit -qm one; git mv "# x" y; echo new >z')
+    assert {item['path']: item['status'] for item in state(server)['changes']} == {
+        'y': 'renamed', 'z': 'untracked'}
+
+
+def test_a_remote_that_is_no_address_is_cut(server, git):
+    git('git remote add origin x; { printf \'[remote "origin"]\\nurl = \'; head -c 2000000 /dev/zero | '
+        'tr "\\0" x; } >.git/config2; git config --unset remote.origin.url; cat .git/config2 >>.git/config')
+    assert state(server)['remote'] == 'x' * 4096 and state(server)['branch'] == 'main'
+
+
+def test_a_client_that_leaves_a_patch_leaves_nothing(server, git, docker_client):
+    git('seq 3000000 >big; git add .; git commit -qm one; seq 3000000 -1 1 >big')
+    before = git('ls /tmp')
+    for busy in ('git add', 'git diff', 'diff --no-color'):
+        with connect(server) as sock:
+            sock.sendall(b'GET /api/workspaces/work/git/diff HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            server.until(lambda busy=busy: running(docker_client, server.container, busy))
+        server.until(lambda: not running(docker_client, server.container, 'git'))
+    server.until(lambda: git('ls /tmp') == before)
 
 
 def test_a_stopped_workspace_tells_its_state_too(server, git):
