@@ -753,7 +753,7 @@ ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
           answers={200: 'workspace-list'}),
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
-          tag='Workspaces', answers={201: ('workspace', PLAIN_TEXT)}, headers=('Location',),
+          tag='Workspaces', answers={201: 'workspace'}, headers=('Location',),
           errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
                   errors.WaitTimeout, *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),

@@ -1,21 +1,27 @@
 """What others make of the OpenAPI document: clients that work, and linters that find nothing new."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import javascript
 import pytest
+from conftest import ROOT
 from contract import DOCUMENT
 
 GENERATORS = javascript.TESTS / 'generators'
+README = (ROOT / 'README.md').read_text().partition('\n### Generated clients\n')[2].partition('\n### ')[0]
 # 101 is how a WebSocket succeeds, which linters do not know; nor do they look for what is said over it. What
 # the licence is the project has yet to say.
 SPECTRAL_FINDS = {('operation-success-response', 'paths./agent/ws.get.responses'),
+                  ('operation-success-response', 'paths./api/workspaces/{id}/exec/ws.get.responses'),
                   ('operation-success-response', 'paths./api/workspaces/{id}/terminal.get.responses')}
 REDOCLY_FINDS = {('operation-2xx-response', '#/paths/~1agent~1ws/get/responses'),
+                 ('operation-2xx-response', '#/paths/~1api~1workspaces~1{id}~1exec~1ws/get/responses'),
                  ('operation-2xx-response', '#/paths/~1api~1workspaces~1{id}~1terminal/get/responses'),
+                 ('no-unused-components', '#/components/schemas/ExecTalk'),
                  ('no-unused-components', '#/components/schemas/TerminalEvent'),
                  ('no-unused-components', '#/components/schemas/TerminalMessage'),
                  ('no-unused-components', '#/components/schemas/WebSocketMessage'),
@@ -101,6 +107,32 @@ def test_the_python_client_tells_events_apart(client, folder):
 def test_a_program_with_the_python_client_makes_watches_and_deletes_a_workspace(client, folder, server):
     told = ask(client, folder, 'watch.py', f'http://127.0.0.1:{server.port}')
     assert told == 'generated creating\nrunning 3600 True\nTrue\nWORKSPACE_NOT_FOUND\n'
+
+
+def shown(language, server):
+    """Return the README's script in a language, with the address of a server in the place of its own."""
+    script = re.search(rf'```{language}\n(.*?)```', README, re.DOTALL)[1]
+    assert script.count('http://localhost:3100') == 1
+    return script.replace('http://localhost:3100', f'http://127.0.0.1:{server.port}')
+
+
+def test_the_script_of_the_readme_for_python_works_as_it_stands(client, folder, server):
+    (folder / 'readme.py').write_text(shown('python', server))
+    told = ask(client, folder, 'readme.py').splitlines()
+    assert told[-1] == 'deleted: True'
+    assert server.call('GET', '/api/workspaces/from-python').status_code == 404
+
+
+def test_the_script_of_the_readme_for_typescript_works_as_it_stands(run, packages, tmp_path, folder, server):
+    run('openapi-typescript', 'openapi.json', '-o', tmp_path / 'types.d.ts')
+    (tmp_path / 'node_modules').symlink_to(packages / 'node_modules')
+    (tmp_path / 'watch.mts').write_text(shown('ts', server))
+    run('tsc', '--strict', '--target', 'es2022', '--module', 'esnext', '--moduleResolution', 'bundler',
+        tmp_path / 'watch.mts')
+    done = subprocess.run(['node', 'watch.mjs'], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == 'deleted: true'
+    assert server.call('GET', '/api/workspaces/from-typescript').status_code == 404
 
 
 def test_the_types_for_typescript_compile_and_tell_events_apart(run):

@@ -215,6 +215,14 @@ def test_the_check_of_all_answers_finds_what_is_not_promised(answer):
         check_answer(method, path, status, {'Content-Type': 'application/json'}, lambda: body)
 
 
+def test_a_new_workspace_has_one_form_and_every_choice_a_name():
+    """So that what is generated has the workspace's type, and none like `GitCredentialsType2Type1`."""
+    assert set(DOCUMENT['paths']['/api/workspaces']['post']['responses']['201']['content']) == {
+        'application/json'}
+    nameless = re.findall(r'"enum": \[[^\]]*null', json.dumps(SCHEMAS))
+    assert nameless == [] and SCHEMAS['KeptCredentials']['enum'] == ['kept']
+
+
 def test_the_check_of_all_answers_lets_pass_what_is_promised():
     workspaces = SCHEMAS['Workspace']['examples']
     check_answer('GET', '/api/workspaces?type=agent', 200, {'Content-Type': 'application/json'},
