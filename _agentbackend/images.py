@@ -43,6 +43,15 @@ STEP = re.compile(r'Step (\d+)/(\d+) : ')
 TELL_PAUSE = 10  # seconds between two lines of our log about a build
 MAX_LOG = 1000  # lines that are kept of a build
 MAX_LINE = 1000  # characters of one
+MAX_QUOTED = 200  # characters of one that our log or an error quotes
+# What steers a terminal: colours, titles, and control characters but for tab and the ends of lines.
+ESCAPES = re.compile(r'\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?'
+                     r'|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
+ENGINES_OWN = re.compile(r' *(--->|Removing intermediate container)')  # lines that say nothing to anybody
+COMMAND = re.compile(r"(?<=The command ')(.{80}).+(?=' returned a non-zero code)", re.DOTALL)
+CERTIFICATE = re.compile(r'\bcertificate\b', re.IGNORECASE)
+TO_TRUST = ('It speaks of a certificate. Behind a proxy that inspects TLS, start the server with '
+            "EXTRA_CA_CERTS=<file of the proxy's CA certificate>, which images then trust.")
 
 
 class Build:
@@ -63,6 +72,19 @@ class Build:
         self.lines.append(line[:MAX_LINE])
         for listener in list(self.listeners):
             listener(line)
+
+
+class Printed:
+    """What a build prints, which comes in pieces, as the lines that are left of it on a terminal."""
+
+    def __init__(self):
+        self._rest = ''
+
+    def take(self, piece):
+        """Return the lines that end with a piece."""
+        *lines, rest = (self._rest + piece).split('\n')
+        self._rest = rest[rest.rstrip('\r').rfind('\r') + 1:]  # the others were written over
+        return [line for line in map(shown, lines) if line and not ENGINES_OWN.match(line)]
 
 
 class Templates:
@@ -169,7 +191,10 @@ class Templates:
             build.listeners.remove(on_line)
         if not build.greenlet.ready():
             raise Superseded(name)
-        return build.greenlet.get()
+        made = build.greenlet.get()
+        if isinstance(made, BackendError):
+            raise made
+        return made
 
     def stop(self):
         """End the builds that go on."""
@@ -185,6 +210,8 @@ class Templates:
         return build
 
     def _make(self, name, tag, build):
+        """Return the tag, or the error that every caller is to raise: of one that is raised here gevent would
+        print a traceback, and it is no bug."""
         telling = gevent.spawn(self._tell, name, build)
         try:
             build.say(f'Building image {tag} of template {name}.')
@@ -198,9 +225,10 @@ class Templates:
             log.info('Image %s is ready after %.0f s.', tag, time.time() - build.started_at)
             return tag
         except BackendError as error:
+            is_told = name != BASE and self._errors.get(BASE) == str(error)
+            log.log(logging.DEBUG if is_told else logging.ERROR, 'No image for template %s: %s', name, error)
             self._errors[name] = str(error)
-            log.error('No image for template %s: %s', name, error)
-            raise
+            return error
         finally:
             telling.kill(block=False)
             del self._builds[name]
@@ -213,7 +241,7 @@ class Templates:
                 step = f'step {build.step} of {build.steps}, ' if build.steps else ''
                 minutes, seconds = divmod(int(time.time() - build.started_at), 60)
                 log.info('build %s: %s%d:%02d so far. It printed last: %s', name, step, minutes, seconds,
-                         build.lines[-1].strip() if build.lines else 'nothing')
+                         quotable(build.lines[-1].strip()) if build.lines else 'nothing')
 
     def _below(self, name, on_line):
         """Return the image that a template stands on, '' for one that needs none of ours."""
@@ -223,19 +251,23 @@ class Templates:
 
     def _build(self, name, tag, below, on_line):
         """Build an image; each line of output goes to `on_line`. Raises DockerError with the last ones."""
-        last = collections.deque(maxlen=LAST_LINES)
+        last, printed, hint = collections.deque(maxlen=LAST_LINES), Printed(), ''
         with self._packed(name) as context, self._client.errors():
             output = self._client.api.build(
                 fileobj=context, custom_context=True, tag=tag,
                 buildargs={'BASE_IMAGE': below} if below else {},
                 labels={f'{PREFIX}.template': name}, rm=True, forcerm=True, decode=True)
             for item in output:
-                for line in (item.get('stream') or item.get('error') or '').splitlines():
-                    if line.strip():
-                        last.append(line)
-                        on_line(line)
+                failure = COMMAND.sub(r'\1...', item.get('error', ''))
+                for line in printed.take(f'\n{failure}\n' if failure else item.get('stream', '')):
+                    if STEP.match(line):  # those before it were done
+                        last.clear()
+                        hint = ''
+                    hint = f'\n{TO_TRUST}' if CERTIFICATE.search(line) else hint
+                    last.append(quotable(line))
+                    on_line(line)
                 if 'error' in item:
-                    raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last))
+                    raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last) + hint)
             self._client.api.inspect_image(tag)
 
     @contextlib.contextmanager
@@ -252,7 +284,10 @@ class Templates:
 
     @staticmethod
     def _said(build, name, line):
-        log.log(logging.INFO if line.startswith('Step ') else logging.DEBUG, 'build %s: %s', name, line)
+        if STEP.match(line):
+            log.info('build %s: %s', name, quotable(line))
+        else:
+            log.debug('build %s: %s', name, line)
         build.say(line)
 
     def _debian(self, on_line):
@@ -326,6 +361,16 @@ class Templates:
 
     def _stands_on_base(self, name):
         return 'BASE_IMAGE' in (self._folder(name) / 'Dockerfile').read_text(errors='replace')
+
+
+def shown(line):
+    """Return what a terminal shows of a line in the end: it is written over from the beginning at each CR."""
+    return next((part.rstrip() for part in reversed(ESCAPES.sub('', line).split('\r')) if part.strip()), '')
+
+
+def quotable(line):
+    """Return a line, its end left out when it is long."""
+    return line if len(line) <= MAX_QUOTED else f'{line[:MAX_QUOTED]}...'
 
 
 def digest(files):

@@ -12,12 +12,13 @@ import gevent.pool
 from _agentbackend.drafts import CREDENTIALS, KEY, MAX_ENV
 from _agentbackend.engine import PREFIX
 from _agentbackend.errors import (
-    BackendError,
     DockerError,
     EngineUnavailable,
     InstanceTaken,
     StateNotWritten,
     Superseded,
+    UnreadableTemplate,
+    ValidationError,
     WorkspaceNotFound,
 )
 from _agentbackend.recipe import SETTINGS_FOLDER, read_shell_lines
@@ -120,8 +121,10 @@ class Keeper:
         """Return the image of a template, None if it could not be built."""
         try:
             return self._templates.image(name, lambda line: None, gevent.event.Event())
-        except BackendError as error:
-            log.error('Template %s was not built: %s', name, error)
+        except (UnreadableTemplate, ValidationError) as error:
+            log.error('Template %s can not be built: %s', name, error)
+        except DockerError:
+            return None  # the build has told
 
     def reconcile(self):
         """Compare the records with what the engine has: adopt what is unknown, go on with what was left

@@ -439,7 +439,7 @@ class Workspaces:
         """
         with contextlib.suppress(WorkspaceNotFound, Superseded):
             workspace = self._state.get(workspace_id)
-            log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text)
+            log.warning('Workspace %s (%s): %s', workspace_id, workspace.name, text.partition(':\n')[0])
             self._probes.unmeter(workspace_id)
             changes = {'error': text}
             if workspace.status == CREATING and not workspace.ever_ran:

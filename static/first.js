@@ -1,11 +1,11 @@
 // The first hour: three steps in the middle of the home page that tick themselves off.
 
-import { byId, el, on, speak } from './page.js';
-import { request } from './api.js';
+import { byId, complain, el, on, speak } from './page.js';
+import { api, request, workspacePath } from './api.js';
 import { offers } from './offers.js';
-import { defaultTemplate, onChange, problems, state } from './store.js';
+import { defaultTemplate, neverRan, onChange, problems, state, take } from './store.js';
 import { buildWords, currentBuild } from './build.js';
-import { openCreate } from './forms.js';
+import { RETRY, openCreate } from './forms.js';
 
 const SIGNS = { done: '✓', now: '…', wrong: '!' };
 const WORDS = { done: 'Done', now: 'Goes on', wrong: 'Does not work', next: 'Not yet' };
@@ -49,11 +49,20 @@ function engineStep() {
 
 function imageStep(build) {
   const image = defaultTemplate();
+  byId('first-again').hidden = Boolean(build) || image?.state !== 'failed' || !isConnected();
   if (build) return ['now', 'The image is being built', 'The first time this takes some five minutes.'];
   if (image?.state === 'ready') return ['done', `The image ${image.name} is ready`];
   if (!isConnected() || !image) return ['next', 'The image that workspaces are made from'];
   if (image.state === 'failed') return ['wrong', 'The image could not be built', image.error];
   return ['next', 'The image is not built yet', 'The first workspace builds it, in some five minutes.'];
+}
+
+/** Have the image that failed built again, which a workspace does: the one that it failed, or a new one. */
+async function tryAgain() {
+  const { name } = defaultTemplate();
+  const failed = [...state.workspaces.values()].find((item) => neverRan(item) && item.template === name);
+  if (!failed || !offers('POST', RETRY)) openCreate();
+  else await api('POST', workspacePath(failed.id, '/retry'), {}).then(take, complain);
 }
 
 function createStep(build) {
@@ -95,5 +104,6 @@ async function askForLog(template) {
 
 for (const what of ['health', 'list', 'build', 'route']) onChange(what, showFirst);
 on('first-button', 'click', openCreate);
+on('first-again', 'click', tryAgain);
 on('build-log', 'toggle', showFirst);
 setInterval(() => { if (!document.hidden && !state.open) showBuild(currentBuild()); }, SECOND);

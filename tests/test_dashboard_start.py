@@ -43,6 +43,26 @@ def test_three_steps_lead_to_the_first_workspace(make_server, make_page, own_tem
     expect(page.locator('#first')).to_be_hidden()
 
 
+def test_an_image_that_could_not_be_built_can_be_tried_again(make_server, make_page, own_templates):
+    folder, add = own_templates
+    add('fresh', 'RUN echo this-is-why; exit 3')
+    server = make_server(TEMPLATES_DIR=str(folder), DEFAULT_TEMPLATE='fresh', PREBUILD='fresh')
+    page = make_page()
+    open_dashboard(page, server)
+    step, again = page.locator('#first-image'), page.locator('#first-again')
+    expect(step).to_contain_text('this-is-why')
+    again.click()
+    create(page, 'first')
+    expect(page.locator('#ws-status')).to_have_text('error')
+    page.click('.brand')
+    expect(again).to_be_visible()
+    add('fresh', 'RUN sleep 2')
+    again.click()
+    expect(step).to_have_attribute('data-state', 'now')
+    expect(again).to_be_hidden()
+    expect(page.locator('#first-create')).to_contain_text('first is running')
+
+
 def test_why_the_engine_is_away_stands_above_everything(make_server, make_page):
     server = make_server(connected=False, DOCKER_HOST='tcp://127.0.0.1:9')
     page = make_page()

@@ -106,6 +106,35 @@ def test_how_far_a_build_is_and_what_it_prints_is_told(make_server, own_template
     assert server.call('GET', '/api/templates/none/log').json()['code'] == 'NOT_FOUND'
 
 
+def test_what_a_build_prints_becomes_the_lines_that_a_terminal_keeps():
+    printed = images.Printed()
+    pieces = ['Step 1/2 : RUN x', '\n', ' ---> Running in ba3f00aa11bb\n', '\x1b[91mred\n\x1b[0m', 'one ',
+              'two\n', '(Reading database ... 5%\r', '(Reading database ... 10%\r', '(Reading database ... ',
+              '99 files.)\r\n', 'a\tb\x07\x1b]0;title\x07\n', 'the rest']
+    assert [line for piece in pieces for line in printed.take(piece)] == [
+        'Step 1/2 : RUN x', 'red', 'one two', '(Reading database ... 99 files.)', 'a\tb']
+    assert printed.take('\n') == ['the rest']
+
+
+def test_a_build_that_fails_is_told_once_in_plain_words(make_server, own_templates):
+    folder, add = own_templates
+    says = r'printf "\033[31mE: a red line\033[0m\n5%%\r10%%\rall\nSSL certificate problem\n" >&2'
+    add('broken', f"RUN {says}; : {'and-on ' * 150}; exit 3")
+    server = make_server(TEMPLATES_DIR=str(folder), PREBUILD='broken')
+    server.create('hopeless', template='broken')
+    error = server.wait_status('hopeless', 'error')['error']
+    assert error == next(item['error'] for item in server.get('/api/templates') if item['name'] == 'broken')
+    lines = error.splitlines()
+    assert lines[1].startswith('Step 8/9 : ')
+    assert lines[2:-2] == ['E: a red line', 'all', 'SSL certificate problem']
+    assert lines[-2].startswith("The command '/bin/sh -c printf ")
+    assert lines[-2].endswith("...' returned a non-zero code: 3") and max(map(len, lines)) < 210
+    assert 'EXTRA_CA_CERTS=' in lines[-1] and '\x1b' not in error
+    assert '\x1b' not in server.call('GET', '/api/templates/broken/log').text
+    log = server.log.read_text()
+    assert log.count('EXTRA_CA_CERTS=') == 1 and 'Traceback' not in log and '\x1b' not in log
+
+
 def test_an_image_has_another_name_when_what_it_is_made_of_has_changed(make_templates, tmp_path):
     def tag(**changes):
         return make_templates(**changes).tag('bun-typescript')

@@ -66,7 +66,7 @@ def test_the_log_says_how_far_a_build_is_and_where_to_go_then(make_server, own_t
     assert f'Ready. Open http://127.0.0.1:{server.port}/\n' in log
     assert log.index('Image agentbackend/fresh:') < log.index('Ready. Open')
     failing = make_server(TEMPLATES_DIR=str(folder), PREBUILD='broken')
-    failing.wait_for_log('Template broken was not built')
+    failing.wait_for_log('No image for template broken: ')
     assert 'Ready' not in failing.log.read_text()
 
 
