@@ -154,9 +154,14 @@ class WorkspaceFeed(Feed):
             # An adopted workspace counts anew.
             cursor.begun = min(cursor.begun, now.begun)
             cursor.own = cursor.own if cursor.own <= now.own else 0
-        yield Batch(status_event(workspace, str(self._cursor)))
+        # Each of these ids is one behind which all that follows here comes again, and nothing before.
+        told = self._cursor.copy()
+        told.own = built[0][1] - 1 if built else told.own
+        yield Batch(status_event(workspace, str(told)))
         if built:
-            yield Batch(*(self._own_event(*event, event_id=str(self._cursor)) for event in built))
+            ids = [str(Cursor(event[1], told.begun, told.log, told.marks)) for event in built]
+            yield Batch(*(self._own_event(*event, event_id=event_id)
+                          for event, event_id in zip(built, ids, strict=True)))
 
     def _missed(self, now):
         cursor = self._cursor

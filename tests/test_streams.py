@@ -448,6 +448,23 @@ def test_the_build_is_told_line_by_line(own_templates, make_server):
         assert len({(message['id'], json.dumps(message['data'])) for message in found}) == len(found)
 
 
+def test_each_event_of_a_build_that_goes_on_has_an_id_behind_which_all_that_follows_comes(own_templates,
+                                                                                          make_server):
+    folder, add_template = own_templates
+    add_template('built', 'RUN seq 101 108 && sleep 4')
+    server = make_server(TEMPLATES_DIR=str(folder))
+    server.create('built', template='built')
+    server.until(lambda: '108' in server.call('GET', '/api/templates/built/log').text.split())
+    with events(server, 'built', timeout=30) as stream:
+        told = both_of(stream, 'running')
+    assert [str(number) for number in range(101, 109)] == [text for text in texts(told) if len(text) == 3]
+    backlog = [message for message in told if message['data'].get('stream') == 'build']
+    assert len({message['id'] for message in [told[0], *backlog]}) == 1 + len(backlog)
+    for number, message in enumerate(told[:len(backlog)]):
+        with events(server, 'built', after=message['id']) as stream:
+            assert texts(both_of(stream, 'running')) == texts(told[number + 1:]), message
+
+
 # The life of a container, in one subscription
 
 
