@@ -282,6 +282,11 @@ def test_another_machine_in_the_house_finds_all_of_it(make_server, network, tmp_
     unit = blocks(section('Homelab'), 'ini')[0]
     settings = dict(word.split('=', 1) for line in re.findall(r'^Environment=(.*)$', unit, re.MULTILINE)
                     for word in shlex.split(line))
+    told = re.search(r'^EnvironmentFile=(.*)$', unit, re.MULTILINE)[1]
+    secrets = dict(re.findall(r'^([A-Z_]+)=(.*)$', section('Homelab').partition(f'cat >{told} <<EOF\n')[2]
+                              .partition('\nEOF\n')[0], re.MULTILINE))
+    assert secrets.keys() == {'API_TOKEN', 'ANTHROPIC_API_KEY'}
+    settings |= secrets
     server = make_server(**settings)
     server.headers['Authorization'] = f"Bearer {settings['API_TOKEN']}"
     ports = [free_port(), free_port()]
