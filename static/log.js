@@ -9,8 +9,6 @@ const MOST = 50000; // lines kept at most
 const CHUNK = 250; // lines that are laid out, and dropped, together
 const LONGEST = 8000; // characters of a line that are shown
 const OWN = ['', 'stderr']; // kinds of lines that the container prints
-const PROBE = /^kex_exchange_identification: .*connection (closed|reset)/i;
-const AFTER_PROBE = /^(banner exchange: Connection from|Connection (closed|reset) by) \S+ port \d+/;
 const PER_FRAME = 3000; // lines put into the page per frame
 
 class LogView {
@@ -178,17 +176,6 @@ class LogView {
 const shortened = (text) => (
   text.length > LONGEST ? `${text.slice(0, LONGEST)} … ${text.length - LONGEST} more characters` : text);
 
-/** Return a function that tells whether a line is what sshd says of the server's own look at its port. */
-function probeFilter() {
-  let before = false;
-  return ({ kind, text }) => {
-    if (kind !== 'stderr') return false;
-    const is = PROBE.test(text) || (before && AFTER_PROBE.test(text));
-    before = PROBE.test(text);
-    return is;
-  };
-}
-
 const isLine = ({ type, sessionId }) => type === 'log' && !sessionId;
 
 function lineOf({ data, timestamp }) {
@@ -198,16 +185,14 @@ function lineOf({ data, timestamp }) {
 
 /** Yield the lines of the container that are among events, as the view shows them. */
 export async function* linesOf(events) {
-  const isProbe = probeFilter();
   for await (const event of events) {
     const line = lineOf(event);
-    if (isLine(event) && OWN.includes(line.kind) && !isProbe(line)) yield line;
+    if (isLine(event) && OWN.includes(line.kind)) yield line;
   }
 }
 
 export const log = new LogView();
 
-let isProbe = probeFilter();
 let told = 0; // lines that were old when the log was begun
 let begun = ''; // when that was
 
@@ -215,7 +200,6 @@ let begun = ''; // when that was
 export function beginLog(empty) {
   log.pattern = null;
   log.reset(empty);
-  isProbe = probeFilter();
   told = 0;
   begun = '';
 }
@@ -230,6 +214,6 @@ export function logEvent(event) {
     const line = lineOf(event);
     if (timestamp <= begun && OWN.includes(line.kind)) told += 1;
     if (told === LOG_TAIL) log.isCut = true;
-    if (!isProbe(line)) log.add(line);
+    log.add(line);
   }
 }

@@ -87,6 +87,11 @@ def decoded(text):
     return base64.b64decode(text).decode()
 
 
+def test_nobody_complains_in_the_log_of_who_looked_whether_it_is_ready(server):
+    log = server.call('GET', '/api/workspaces/caged/logs').text
+    assert 'Server listening on' in log and 'Connection' not in log and 'kex_' not in log
+
+
 # Variables
 
 def test_a_variable_is_what_was_given_whatever_is_in_it_in_every_shell_and_task(server, key):
