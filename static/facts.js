@@ -21,6 +21,11 @@ const longFact = (name, ...content) => {
   made.classList.add('long');
   return made;
 };
+/** Make a fact whose buttons stay behind what they are about. */
+const together = (made) => {
+  made.classList.add('together');
+  return made;
+};
 const time = (text) => el('time', { dateTime: text, title: text, data: { ago: text } });
 const whole = (text) => el('span', { className: 'nowrap' }, text);
 
@@ -74,10 +79,11 @@ function facts(item) {
     item.containerId && fact('Container', el('code', {}, item.containerId)),
     running && published.length > 0 && fact('Published', ...published),
     item.codeServerPassword && item.codeServerPort
-      && fact("Editor's password", ...secret(item.codeServerPassword)),
+      && together(fact("Editor's password", ...secret(item.codeServerPassword))),
     labels.length > 0 && fact('Labels', ...labels),
     item.gitUrl && longFact('Git', webLink(item.gitUrl, item.gitUrl), branch),
-    ssh && longFact('SSH', el('code', {}, item.sshCommand), copyButton(item.sshCommand, 'SSH line')),
+    ssh && together(
+      longFact('SSH', el('code', {}, item.sshCommand), copyButton(item.sshCommand, 'SSH line'))),
   ];
 }
 

@@ -4,7 +4,7 @@ import { byId, el, on, plural } from './page.js';
 import { lines, number, onSubmit, pairs, trouble } from './fields.js';
 import { api, workspacePath } from './api.js';
 import { fieldsOf, offers } from './offers.js';
-import { defaultTemplate, imageWords, loadTemplates, state, take, templates } from './store.js';
+import { defaultTemplate, imageWords, loadTemplates, onChange, state, take, templates } from './store.js';
 
 export const RETRY = '/api/workspaces/{}/retry';
 const GIT = '/api/workspaces/{}/git';
@@ -120,7 +120,8 @@ async function tellLoss(form) {
   const git = await api('GET', workspacePath(id, '/git')).catch(() => null);
   if (!git || form.dataset.id !== id) return;
   const more = git.truncated ? 'more than ' : '';
-  const lost = [git.unpushed ? `${plural(git.unpushed, 'commit')} on no remote` : '',
+  const untouched = git.unpushed === 1 && !git.remote; // no more than the commit that a template begins with
+  const lost = [git.unpushed && !untouched ? `${plural(git.unpushed, 'commit')} on no remote` : '',
     git.changes.length ? `${more}${plural(git.changes.length, 'changed file')}` : ''].filter(Boolean);
   if (lost.length) byId('delete-loss').textContent = `Only here: ${lost.join(', ')}.`;
 }
@@ -157,6 +158,12 @@ onSubmit('delete', async (form) => {
 });
 onSubmit('stop', async (form) => {
   await api('POST', workspacePath(form.dataset.id, '/stop'));
+});
+// Whoever else deletes a workspace answers what its dialogs ask.
+onChange('gone', ({ id }) => {
+  for (const dialog of document.querySelectorAll('dialog[open]')) {
+    if (dialog.querySelector('form').dataset.id === id) dialog.close();
+  }
 });
 for (const button of document.querySelectorAll('[data-close]')) {
   button.addEventListener('click', () => button.closest('dialog').close());

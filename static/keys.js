@@ -24,6 +24,15 @@ function nameTheme() {
   byId('theme-button').ariaLabel = `Colours: ${document.documentElement.dataset.theme ?? 'as the system'}`;
 }
 
+/** Say in the titles of buttons which keys do the same, as long as they do. */
+function nameKeys() {
+  for (const [id, key] of [['new-button', 'N'], ['theme-button', 'T'], ['help-button', 'H']]) {
+    const title = byId(id).title.replace(/ \(Alt\+.\)$/, '');
+    byId(id).title = shortcuts.checked ? `${title} (Alt+${key})` : title;
+  }
+  byId('filter-key').hidden = !shortcuts.checked;
+}
+
 function openHelp() {
   byId('token-forget').hidden = !token();
   byId('help-dialog').showModal();
@@ -76,7 +85,10 @@ for (const tab of document.querySelectorAll('[role=tab]')) {
 }
 on('theme-button', 'click', nextTheme);
 on('help-button', 'click', openHelp);
-on('shortcuts', 'change', () => keep('shortcuts', shortcuts.checked ? null : 'off', { forGood: true }));
+on('shortcuts', 'change', () => {
+  keep('shortcuts', shortcuts.checked ? null : 'off', { forGood: true });
+  nameKeys();
+});
 on('token-forget', 'click', () => {
   keep('token', null);
   location.reload();
@@ -91,4 +103,5 @@ on('log-clear', 'click', () => {
 on('log-jump', 'click', () => log.toEnd());
 on('log-wrap', 'change', () => { byId('log').classList.toggle('wrap', byId('log-wrap').checked); });
 byId('log').classList.add('wrap');
+nameKeys();
 nameTheme();

@@ -3,7 +3,7 @@
 import { ago, byId, complain, el, on, say } from './page.js';
 import { trouble } from './fields.js';
 import { api, sessionPath } from './api.js';
-import { laterSessions, loadSessions, onChange, state } from './store.js';
+import { agents, laterSessions, loadSessions, onChange, state } from './store.js';
 import { tasks } from './tasks.js';
 
 /** Show a session, or the place for a new one. */
@@ -36,6 +36,15 @@ function showSessions() {
   byId('agent-count').textContent = running;
 }
 
+/** Say beside the button what keeps the chosen agent from working; where none is chosen, any that can't. */
+function showReason() {
+  const session = state.sessions.find((item) => item.id === state.session);
+  const chosen = session?.agent ?? byId('composer').elements.agent.value.trim();
+  const failing = agents().filter(({ name, ready }) => !ready && (!chosen || name === chosen));
+  const words = failing.map(({ name, reason }) => `${name} is not ready${reason ? `: ${reason}` : '.'}`);
+  byId('agent-reason').textContent = words.join('\n');
+}
+
 async function runTask() {
   const form = byId('composer');
   const body = { workspaceId: state.open, task: form.task.value };
@@ -56,6 +65,8 @@ async function runTask() {
 }
 
 onChange('sessions', showSessions);
+for (const what of ['health', 'route', 'sessions']) onChange(what, showReason);
+byId('composer').elements.agent.addEventListener('input', showReason);
 on('session-new', 'click', () => {
   location.hash = `#/w/${state.open}/agent`;
   byId('composer').task.focus();

@@ -6,6 +6,7 @@ import { api, sessionPath } from './api.js';
 import { followSession } from './streams.js';
 import { loadSessions } from './store.js';
 
+const ENDS = { '': 'Done', AGENT_CANCELLED: 'Cancelled' };
 const LONGEST = 3000; // entries of a transcript that are shown
 const NOTHING = 'Give an agent a task below. It works inside this workspace, goes on when you leave, '
   + 'and is found here again.';
@@ -104,7 +105,7 @@ class TaskView {
     }
     this.running = false;
     const failed = type === 'error';
-    this.bar(1, 1, failed ? data.message : 'Done', failed);
+    this.bar(1, 1, ENDS[failed ? data.code : ''] ?? 'Failed', failed); // why stands in the transcript
     loadSessions();
     const code = failed ? el('code', {}, `${data.code} `) : null;
     const words = plainParts(data.message || 'Done.');

@@ -117,11 +117,27 @@ def test_a_workspace_lives_its_life_in_the_browser(make_server, make_page, own_t
 def test_what_others_do_shows_at_once(make_page, server):
     page = make_page()
     open_dashboard(page, server)
+    expect(page.locator('#no-workspaces')).to_be_visible()
+    assert page.locator('#no-workspaces').bounding_box()['y'] < 200, 'it stands where the list begins'
     server.running('elsewhere')
     expect(page.locator('#workspaces li',
                         has_text='elsewhere').locator('.dot')).to_have_attribute('data-status', 'running')
+    page.locator('#workspaces a', has_text='elsewhere').click()
+    page.click('#ws-delete')
+    expect(page.locator('#delete-dialog')).to_be_visible()
     assert server.call('DELETE', '/api/workspaces/elsewhere').status_code == 200
     expect(page.locator('#workspaces li', has_text='elsewhere')).to_have_count(0)
+    expect(page.locator('#delete-dialog')).to_be_hidden()
+
+
+def test_why_an_agent_can_not_work_stands_beside_the_button(make_page, server):
+    page = make_page()
+    open_dashboard(page, server, '#/w/' + server.running('agentless')['id'] + '/agent')
+    expect(page.locator('#agent-reason')).to_contain_text('claude is not ready: Claude has no key')
+    page.fill('#composer [name=agent]', 'command')
+    expect(page.locator('#agent-reason')).to_be_hidden()
+    page.fill('#composer [name=agent]', 'claude')
+    expect(page.locator('#agent-reason')).to_be_visible()
 
 
 def test_errors_stand_at_their_fields_in_the_words_of_the_contract(make_page, server):
@@ -223,7 +239,7 @@ def test_the_page_comes_back_with_the_server(make_server, make_page):
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_nothing_sticks_out_on_a_phone(make_page, server, scheme):
-    server.running(f'pocket-{scheme}', ports=[3000],
+    server.running(f'pocket-{scheme}', ports=[3000], sshPublicKeys=[PUBLIC_KEY],
                    labels={'a-rather-long-label': 'with-a-value-that-is-long-as-well'})
     page = make_page(viewport={'width': 360, 'height': 640}, color_scheme=scheme, has_touch=True)
     open_dashboard(page, server)
@@ -233,8 +249,15 @@ def test_nothing_sticks_out_on_a_phone(make_page, server, scheme):
         page.wait_for_timeout(300)
         assert page.evaluate('document.documentElement.scrollWidth') == 360
         assert page.evaluate("document.querySelector('.app').scrollWidth") <= 360
+    visit(page, place, server)
+    page.click('[title=Show]')
+    for title in ('Copy SSH line', 'Copy password'):
+        copy = page.locator(f'[title="{title}"]')
+        text = copy.locator('xpath=preceding-sibling::code').bounding_box()
+        assert text['y'] - 5 < copy.bounding_box()['y'] < text['y'] + text['height'], title
     page.click('.back')
     expect(page.locator('#workspaces')).to_be_visible()
+    expect(page.locator('.filter kbd')).to_be_hidden()
     page.click('#new-button')
     assert page.locator('#create-dialog').evaluate('dialog => dialog.scrollWidth <= dialog.clientWidth')
 
@@ -262,7 +285,9 @@ def test_the_keyboard_is_enough(make_page, server):
     expect(page.locator('#agent-panel')).to_be_hidden()
     page.keyboard.press('Alt+KeyH')
     expect(page.locator('#help-dialog')).to_be_visible()
+    assert page.locator('#new-button').get_attribute('title') == 'New workspace (Alt+N)'
     page.uncheck('#shortcuts')
+    assert page.locator('#new-button').get_attribute('title') == 'New workspace'
     page.keyboard.press('Escape')
     expect(page.locator('#help-dialog')).to_be_hidden()
     page.reload()

@@ -136,18 +136,6 @@ def test_older_lines_are_loaded_and_the_whole_log_is_downloaded(served, make_pag
         assert file.read() == served.call('GET', '/api/workspaces/long/logs').text
 
 
-def test_the_looks_of_the_server_at_sshd_are_left_out(make_page, server):
-    closed = 'Connection closed by 172.24.0.1 port 45180'
-    said = ['before', 'kex_exchange_identification: Connection closed by remote host', closed,
-            'kex_exchange_identification: read: Connection reset by peer',
-            'banner exchange: Connection from 172.24.0.1 port 9: invalid format', 'between', closed, 'after']
-    server.running('probed', env={'PRINT': ''.join(f'echo "{line}" >&2;' for line in said)})
-    page = make_page()
-    open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/probed')['id'])
-    expect(page.locator('#log')).to_contain_text('after')
-    assert page.locator('#log .stderr > span').all_inner_texts() == ['before', 'between', closed, 'after']
-
-
 def test_a_paused_log_waits_and_loses_nothing(make_page, server):
     server.running('ticking', env={'PRINT': 'i=0; while :; do i=$((i+1)); echo "tick $i."; sleep 0.1; done'})
     page = make_page()
@@ -196,6 +184,7 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     assert track.get_attribute('aria-valuenow') is None
     page.click('#task-cancel')
     expect(page.locator('.end.failed')).to_contain_text('AGENT_CANCELLED')
+    expect(page.locator('#progress .words')).to_have_text('Cancelled')  # why stands above, once
     expect(page.locator('#task-run')).to_be_enabled()
     expect(page.locator('#sessions li').first).to_contain_text('cancelled')
 
@@ -253,8 +242,32 @@ def test_what_is_nowhere_else_is_told_before_a_delete(make_page, agent_server):
     open_dashboard(page, agent_server, f"#/w/{lab['id']}")
     page.click('#ws-delete')
     expect(page.locator('#delete-loss')).to_contain_text(f'{changed} changed file')
+    expect(page.locator('#delete-loss')).not_to_contain_text('commit')  # but for the template's own
     page.keyboard.press('Escape')
     expect(page.locator('#delete-dialog')).to_be_hidden()
+    made = agent_server.call('POST', '/api/workspaces/lab/exec',
+                             {'command': 'git commit -q --allow-empty -m mine'})
+    assert made.json()['data']['exitCode'] == 0
+    page.click('#ws-delete')
+    expect(page.locator('#delete-loss')).to_contain_text('2 commits on no remote')
+    page.keyboard.press('Escape')
+
+
+def test_a_terminal_fills_its_place_and_nothing_else_scrolls(make_page, agent_server):
+    page = make_page()
+    lab = agent_server.get('/api/workspaces/lab')['id']
+    for number, height in enumerate((400, 507, 733, 844, 901)):
+        page.set_viewport_size({'width': 390 + 211 * number, 'height': height})
+        visit(page, f'terminal#{lab}/sized', agent_server)
+        expect(page.locator('.xterm-rows')).to_contain_text('$')
+        page.wait_for_timeout(200)  # until it was fitted
+        for box in ('#terminal', '.xterm', ':root'):
+            assert page.locator(box).evaluate('box => box.scrollWidth <= box.clientWidth && '
+                                              'box.scrollHeight <= box.clientHeight'), (box, height)
+        rows = page.locator('.xterm-screen').bounding_box()
+        assert height - 30 < rows['y'] + rows['height'] <= height
+    assert page.locator('.xterm-viewport').evaluate('box => getComputedStyle(box).colorScheme') == 'dark'
+    assert agent_server.call('DELETE', '/api/workspaces/lab/terminals/sized').status_code == 200
 
 
 def test_the_editor_opens(make_page, agent_server):

@@ -71,6 +71,8 @@ def test_why_the_engine_is_away_stands_above_everything(make_server, make_page):
     expect(page.locator('#first-engine')).to_have_attribute('data-state', 'wrong')
     expect(page.locator('#templates tr', has_text='tiny')).to_contain_text('not known')
     expect(page.locator('#home')).not_to_contain_text('missing')
+    sign, title = (page.locator(f'#first-create {part}').bounding_box() for part in ('.sign', 'b'))
+    assert abs(sign['y'] + sign['height'] / 2 - title['y'] - title['height'] / 2) < 2  # on one line
 
 
 # A clone that fails, and a key that is missing
