@@ -9,7 +9,6 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     tasks        tasks that agents do in workspaces: begun, followed, watched, ended
     talks        WebSocket clients of one terminal, or of one command
     repeats      requests that are sent again, answered as the first time
-    waits        waiting for a workspace to become what a client waits for
     gitstate     what git knows of a project
     files        files of workspaces, read and written by a program inside them
     terminals    terminals of workspaces, which are held inside them
@@ -25,6 +24,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     probes       readiness, last words and usage of workspaces
     claim        the claim of one server to an instance on an engine
     logs         what containers print, followed once for all who read it
+    waits        waiting for a workspace to become what a client waits for
     events       what happened, in a ring of batches per topic, in which readers are positions
     pages        the OpenAPI document, the dashboard and the reference
     views        records as the objects of the API, events as they go over the wire
@@ -178,12 +178,7 @@ def create_workspace(backend, call):
     With `wait=running` it answers when that is so. `Accept: text/plain` gets the id alone.
     """
     workspace = backend.workspaces.create(call.body)
-    reply = after_waiting(backend, call, workspace, 201, RUNNING,
-                          {'Location': f'/api/workspaces/{workspace.id}'})
-    if PLAIN_TEXT in call.accept:
-        return Reply(stream=[f'{workspace.id}\n'.encode()], status=201,
-                     headers=reply.headers | {'Content-Type': 'text/plain; charset=utf-8'})
-    return reply
+    return Reply(view_workspace(workspace), 201, {'Location': f'/api/workspaces/{workspace.id}'})
 
 
 def get_workspace(backend, call):
@@ -208,22 +203,22 @@ def delete_workspace(backend, call):
 
 def start_workspace(backend, call):
     """Start a stopped workspace."""
-    return after_waiting(backend, call, backend.workspaces.start(call.path['id']), 202, RUNNING)
+    return Reply(view_workspace(backend.workspaces.start(call.path['id'])), 202)
 
 
 def retry_workspace(backend, call):
     """Try again to make a workspace whose first start failed. It may come from another repository now."""
-    return after_waiting(backend, call, backend.workspaces.retry(call.path['id'], call.body), 202, RUNNING)
+    return Reply(view_workspace(backend.workspaces.retry(call.path['id'], call.body)), 202)
 
 
 def stop_workspace(backend, call):
     """Stop a workspace. A temporary one is deleted by that."""
-    return after_waiting(backend, call, backend.workspaces.stop(call.path['id']), 202, STOPPED)
+    return Reply(view_workspace(backend.workspaces.stop(call.path['id'])), 202)
 
 
 def restart_workspace(backend, call):
     """Stop a running workspace and start it again."""
-    return after_waiting(backend, call, backend.workspaces.restart(call.path['id']), 202, RUNNING)
+    return Reply(view_workspace(backend.workspaces.restart(call.path['id'])), 202)
 
 
 def follow_workspace(backend, call):
@@ -311,7 +306,7 @@ def join_command(backend, call):
     """Run a command over a WebSocket.
 
     The first message is what POST takes. Then binary messages are its stdin, up to an empty one, of which not
-    more than 1 MiB may be under way (`taken` tells what has arrived), and what it prints, behind a byte that
+    more than 4 MiB may be under way (`taken` tells what has arrived), and what it prints, behind a byte that
     is 1 for stdout and 2 for stderr. It ends with its whole process group when the client leaves.
     """
     need_websocket(call)
@@ -496,10 +491,10 @@ def execute_task(backend, call):
     session, run = backend.tasks.execute(call.body)
     headers = {'X-Session-Id': session.id, 'X-Run-Id': run.id,
                'Location': f'/api/agent/sessions/{session.id}'}
+    after = (run.number - 1, LAST_LINE, 0)
     if 'application/json' in call.accept:
         return Reply({'sessionId': session.id, 'runId': run.id, 'workspaceId': session.workspace_id,
                       'agent': session.agent}, 202, headers)
-    after = (run.number - 1, LAST_LINE, 0)
     return follow(backend, call, lambda: SessionFeed(backend, session.id, after=after, task=(session, run)),
                   headers)
 
@@ -683,21 +678,36 @@ def need_websocket(call):
 
 def waited(backend, call, workspace):
     """Return a workspace once it has one of the statuses that the query waits for."""
-    return wait_until(backend.state, workspace, call.query['wait'].split(','),
+    return wait_until(backend.state, backend.events, workspace, call.query['wait'].split(','),
                       call.query.get('timeout', WAIT_TIMEOUT), call.watch_disconnect)
 
 
-def after_waiting(backend, call, workspace, status, wanted, headers=()):
+def once_running(backend, call, reply):
+    """Return the reply that shows a workspace, once what is waited for has come."""
+    return after_waiting(backend, call, reply, RUNNING)
+
+
+def once_stopped(backend, call, reply):
+    """The same, of a workspace that stops."""
+    return after_waiting(backend, call, reply, STOPPED)
+
+
+def after_waiting(backend, call, reply, wanted):
     """Return the reply that shows a workspace, once what the query or a preference waits for has come."""
-    headers = dict(headers)
     preferred = re.search(r'\bwait\s*=\s*"?(\d{1,5})', call.headers.get('Prefer', ''))
+    headers = dict(reply.headers)
     if 'wait' in call.query:
-        workspace = waited(backend, call, workspace)
+        workspace = waited(backend, call, backend.state.get(reply.data['id']))
     elif preferred:
-        workspace = wait_until(backend.state, workspace, [wanted], int(preferred[1]), call.watch_disconnect,
-                               strict=False)
+        workspace = wait_until(backend.state, backend.events, backend.state.get(reply.data['id']), [wanted],
+                               int(preferred[1]), call.watch_disconnect, strict=False)
         headers['Preference-Applied'] = f'wait={preferred[1]}'
-    return Reply(view_workspace(workspace), status, headers)
+    else:
+        workspace = None
+    if PLAIN_TEXT in call.accept and reply.status == 201:
+        return Reply(stream=[f"{reply.data['id']}\n".encode()], status=201,
+                     headers=headers | {'Content-Type': 'text/plain; charset=utf-8'})
+    return Reply(view_workspace(workspace) if workspace else reply.data, reply.status, headers)
 
 
 def reasons_of(backend, workspace):
@@ -744,7 +754,7 @@ TALK_ERRORS = (errors.UpgradeRequired, errors.WorkspaceNotFound, errors.Workspac
 COMMAND_ERRORS = (*WORK_ERRORS, errors.ExecNotFound)
 FILE_ANSWERS = ('file-list', *ARCHIVES.values(), ANY_TYPE)
 FILE_ERRORS = (*WORK_ERRORS, errors.FileMissing, errors.FileExists, errors.NotAFolder, errors.NotAFile)
-CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'answers': {202: 'workspace'},
+CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'after': once_running, 'answers': {202: 'workspace'},
           'errors': (*WORK_ERRORS, errors.WaitTimeout)}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
 TASK_ERRORS = (*WORK_ERRORS, errors.SessionBusy, errors.TooMany)
@@ -753,7 +763,7 @@ ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
           answers={200: 'workspace-list'}),
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
-          tag='Workspaces', answers={201: 'workspace'}, headers=('Location',),
+          tag='Workspaces', after=once_running, answers={201: 'workspace'}, headers=('Location',),
           errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
                   errors.WaitTimeout, *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
@@ -768,9 +778,9 @@ ROUTES = (
           errors=(errors.WorkspaceNotFound, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
     Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry',
-          query='wait-query', tag='Workspaces', answers={202: 'workspace'},
+          query='wait-query', tag='Workspaces', after=once_running, answers={202: 'workspace'},
           errors=(*WORK_ERRORS, errors.PortExhausted, errors.WaitTimeout)),
-    Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE),
+    Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE | {'after': once_stopped}),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces',
           answers={200: EVENT_STREAM},

@@ -31,8 +31,10 @@ class Access:
 
 def not_running(workspace, error=None):
     """Return the error for a workspace in which nothing can be done."""
-    now = workspace.status if workspace.status != RUNNING else 'running, but its container is not'
+    now, verb = workspace.status, 'start'
+    if now == RUNNING:
+        now = 'running, but its container is not'
     if error is not None and 'paused' in str(error):
-        now = 'paused'
-    return WorkspaceNotRunning(f'Workspace {workspace.name} is {now}; start it, and wait until it is '
+        now, verb = 'paused by somebody', 'restart'
+    return WorkspaceNotRunning(f'Workspace {workspace.name} is {now}; {verb} it, and wait until it is '
                                'running.')

@@ -11,7 +11,7 @@ from _agentbackend.engine import USER
 from _agentbackend.errors import DockerError, ExecNotFound, TooMany, refusal
 from _agentbackend.execs import environment, stdin_of, told
 from _agentbackend.records import RUNNING
-from _agentbackend.timing import cooperatively, parse_time, view_time
+from _agentbackend.timing import cooperatively, known_time, parse_time, view_time
 
 MAX_LISTED = 2**22  # bytes of what describes commands
 MAX_LINE = 2**20  # bytes of a line of agent-run's log, which makes none that is longer
@@ -23,24 +23,25 @@ PREPARE = r'''
 command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
 count=0
 for folder in "${1%/*}"/exec-*; do
-  [ ! -e "$folder/exit" ] && kill -s 0 "$(cat "$folder/keeper" 2>/dev/null)" 2>/dev/null || continue
-  count=$((count + 1))
-done
+  [ ! -e "$folder/exit" ] && [ -f "$folder/keeper" ] || continue
+  kill -s 0 "$(timeout 2 head -c 20 "$folder/keeper")" && count=$((count + 1))
+done 2>/dev/null
 [ "$count" -lt "$4" ] || exit 75
 umask 077; mkdir -p "$1" && head -c "$2" >"$1/meta" && head -c "$3" >"$1/task" || exit
 if [ -x /usr/local/lib/agentbackend/bash ]; then echo /usr/local/lib/agentbackend/bash; else command -v sh; fi
 '''
-# Prints a line for each command: its id, how it stands, when it ended, and what describes it.
+# Prints a line for each command: its id, how it stands, when it ended, and what describes it. Its files may
+# be anything by now, also such as never end, or have no beginning.
 LIST = r'''
 cd "$1" 2>/dev/null || exit 0
 for id in $2; do
   [ -f "$id/meta" ] || continue
-  if [ -f "$id/exit" ]; then state=$(cat "$id/exit") at=$(stat -c %Y "$id/exit")
-  elif [ ! -e "$id/keeper" ]; then state=starting at=0
-  elif kill -s 0 "$(cat "$id/keeper")" 2>/dev/null; then state=running at=0
-  else state=lost at=$(stat -c %Y "$id/log" 2>/dev/null || echo 0); fi
-  printf '%s %s %s ' "$id" "$state" "$at"; cat "$id/meta"; echo
-done
+  if [ -f "$id/exit" ]; then state=$(timeout 2 head -c 20 "$id/exit") at=$(stat -c %Y "$id/exit")
+  elif [ ! -f "$id/keeper" ]; then state=starting at=0
+  elif kill -s 0 "$(timeout 2 head -c 20 "$id/keeper")"; then state=running at=0
+  else state=lost at=$(stat -c %Y "$id/log" || echo 0); fi
+  printf '%s %s %s ' "$id" "$state" "$at"; timeout 2 head -c 65536 "$id/meta"; echo
+done 2>/dev/null
 '''
 # Sends a signal to all that carries the command's id in its environment.
 SIGNAL = r'''
@@ -94,7 +95,7 @@ class Detached:
                                                          exec_id], user=USER, limit=MAX_LISTED)
         found = [line.split(b' ', 3) for line in printed.split(b'\n') if line.count(b' ') >= 3]
         boot = container.started_at if container is not None else ''
-        shown = [view(name.decode(), state.decode(), int(at), read_meta(meta), boot)
+        shown = [view(name.decode(), state.decode('ascii', 'replace'), known_time(at), read_meta(meta), boot)
                  for name, state, at, meta in found if EXEC_ID.fullmatch(name.decode('ascii', 'replace'))]
         return sorted(shown, key=lambda item: (item['startedAt'] or '', item['execId']))
 
@@ -175,7 +176,7 @@ def read_meta(text):
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         found = json.loads(text)
         return {'command': str(found['command'])[:200], 'cwd': str(found['cwd'])[:5000],
-                'startedAt': float(found['startedAt']), 'boot': str(found['boot'])}
+                'startedAt': known_time(found['startedAt']), 'boot': str(found['boot'])}
     return {'command': '', 'cwd': '', 'startedAt': 0.0, 'boot': ''}
 
 

@@ -355,9 +355,12 @@ class Engine:
             found = self._api.inspect_container(container.id)
             mounts = [docker.types.Mount(target=mount['Destination'], source=mount['Name'], type='volume')
                       for mount in found['Mounts'] if mount.get('Type') == 'volume']
+            limits = found['HostConfig']  # what is in the project may run in it, as a filter of git does
             host_config = self._api.create_host_config(
                 mounts=mounts, network_mode='none', init=True, auto_remove=True, cap_drop=['ALL'],
-                security_opt=['no-new-privileges'])
+                security_opt=['no-new-privileges'], mem_limit=limits['Memory'],
+                memswap_limit=limits['MemorySwap'], pids_limit=limits['PidsLimit'],
+                nano_cpus=limits['NanoCpus'])
             helper = self._api.create_container(
                 container.image, entrypoint=['sleep', str(HELPER_LIFE)], host_config=host_config,
                 name=f'{PREFIX}-helper-{secrets.token_hex(8)}', environment=found['Config']['Env'] or [],

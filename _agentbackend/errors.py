@@ -48,6 +48,10 @@ class PayloadTooLarge(BackendError): status, code = 413, 'PAYLOAD_TOO_LARGE'
 class RequestTimeout(BackendError): status, code = 408, 'VALIDATION_ERROR'
 
 
+class ClientLeft(RequestTimeout):
+    """Who asked is no more there to be told: what was answered was not heard."""
+
+
 class WorkspaceNotFound(BackendError):
     """No workspace has that id or name. The contract has the words; the details name it."""
 

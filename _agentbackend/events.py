@@ -1,6 +1,7 @@
 """What happened, told to readers who are positions: a ring of batches per topic, and behind it an archive
 that has the rest."""
 import collections
+import contextlib
 import functools
 import time
 from dataclasses import dataclass
@@ -249,6 +250,15 @@ class Events:
     def redact_lines(self, lines):
         """Return the same of lines of a log."""
         return [(*line[:-1], self.redact(line[-1])) for line in lines] if self._secrets else lines
+
+    @contextlib.contextmanager
+    def attached(self, name, reader):
+        """Wake a reader of a topic for the length of a block."""
+        self.topic(name).attach(reader)
+        try:
+            yield
+        finally:
+            self.detach(name, reader)
 
     def detach(self, name, reader):
         """Let a reader go, and after a while, in which it may come back, a topic of which nothing has to be

@@ -3,6 +3,7 @@ import base64
 import codecs
 import contextlib
 import json
+import re
 import secrets
 import time
 
@@ -10,9 +11,10 @@ import gevent
 import gevent.lock
 
 from _agentbackend.access import not_running
-from _agentbackend.dockerlog import STDERR, STREAM_NAMES
+from _agentbackend.dockerlog import STDERR, STDOUT, STREAM_NAMES
 from _agentbackend.engine import USER
 from _agentbackend.errors import (
+    ClientLeft,
     ConflictOnEngine,
     DockerError,
     Forbidden,
@@ -28,6 +30,7 @@ LINGER = 1  # seconds that what a command left running may hold its output open
 KILLED = 137  # exit status of what was killed
 BEGUN, NO_FOLDER, NO_PYTHON = b'\x06', b'\x05', b'\x04'
 SENT = 'sent'  # in the place of the size of a stdin that comes bit by bit
+MARKED = re.compile(rb'(\+?)(\d{1,9})')  # what stands behind the word
 SHORT = 65536  # bytes of output that are short
 SHORT_TIME = 1  # seconds within which a command has to end for its output to be short
 HEARTBEAT = 15  # seconds
@@ -120,19 +123,20 @@ class Command:
         self._ended = False
         self.timed_out = False
         self.duration_ms = 0
-        self._pieces = self._split(iter(attached))
-        self._first = next(self._pieces, (None, b''))
-
-    @property
-    def first(self):
-        """The first bytes on stdout, which tell whether it has begun; an engine that could not run it says
-        why."""
-        return self._first[1]
+        self._pieces, self._early, self.first = self._split(iter(attached)), [], b''
+        # The first bytes on stdout tell whether it has begun; an engine that could not run it says why. What
+        # is printed on stderr may come before them.
+        for stream, data in self._pieces:
+            if stream != STDERR:
+                self.first = data
+                break
+            self._early.append((stream, data))
 
     def __iter__(self):
         """Yield (stream, bytes) of what it prints until it has ended."""
-        if self._first[1][1:]:
-            yield self._first[0], self._first[1][1:]
+        yield from self._early
+        if self.first[1:]:
+            yield STDOUT, self.first[1:]
         yield from cooperatively(self._pieces)
         self.duration_ms = int((time.monotonic() - self._begun_at) * 1000)
 
@@ -186,10 +190,11 @@ class Command:
                 return said[:len(said) - kept], said[len(said) - kept:]
             if not newline:
                 return said, mark + rest
-            if line.startswith(b'+'):
-                self._on_taken(int(line))
-            else:
-                self.exit_code, self._ended = int(line), True
+            match = MARKED.fullmatch(line)  # the command may know the word, and tell nonsense
+            if match and match[1] and self._on_taken:
+                self._on_taken(int(match[2]))
+            elif match and not match[1]:
+                self.exit_code, self._ended = int(match[2][:3]), True
         return said, b''
 
     def _beginning(self, data):
@@ -218,13 +223,15 @@ class Execs:
     def run(self, workspace, body, watch_disconnect):
         """Run a command to its end, and return {exitCode, stdout, stderr, ...}; when the client leaves, it is
         ended."""
-        limit, kept, total = self._config.exec_max_output, {}, {}
+        limit, kept, total, left = self._config.exec_max_output, {}, {}, []
         with contextlib.closing(self.begin(workspace, body)) as command, \
-                contextlib.closing(watch_disconnect(command.cut)):
+                contextlib.closing(watch_disconnect(lambda: left.append(command.cut()))):
             for stream, data in command:
                 held = kept.setdefault(STREAM_NAMES[stream], bytearray())
                 held += data[:limit - len(held)]
                 total[stream] = total.get(stream, 0) + len(data)
+        if left:
+            raise ClientLeft('The command was ended, since its client had left.')
         truncated = any(size > limit for size in total.values())
         return {'exitCode': command.exit_code, **texts(kept, truncated), 'durationMs': command.duration_ms,
                 'truncated': truncated, 'timedOut': command.timed_out}

@@ -30,6 +30,7 @@ CLAIM_TIMEOUT = 12  # seconds; a server that is there has half of that to answer
 # Seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that.
 GRACE = 4
 SWEEP_PAUSE = 1  # seconds
+ASK_TIMEOUT = 5  # seconds that it may take to find out what goes on in a workspace that is to be deleted
 CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
 EXIT_TERM = 143  # of a container that was told to end, by `docker stop` say
 REMOVED = ('The container was removed outside Agent Backend, by a clean-up perhaps. The files are there: '
@@ -290,17 +291,28 @@ class Keeper:
         if not self.connected:
             return
         self._claim.defend()
+        asking = []
         for workspace in self._state.all():
             expires_at = workspace.expires_at or now + 1
             if workspace.type == AGENT and workspace.status == RUNNING and expires_at <= now:
-                self._note_editor(workspace)
-                for listener in self.on_expiring:
-                    with contextlib.suppress(DockerError):
-                        listener(workspace)
+                asking.append(gevent.spawn(self._ask, workspace))
+        # What runs in one of them may keep its own answer back, but not hold up the others.
+        gevent.joinall(asking, timeout=ASK_TIMEOUT)
+        gevent.killall(asking, block=False)
         self._workspaces.expire(now)
         for workspace in self._state.all():
             if workspace.status not in SETTLED and not self._workspaces.has_job(workspace.id):
                 self._workspaces.go_on(workspace)
+
+    def _ask(self, workspace):
+        """Let all who know it note what keeps a workspace alive that is to be deleted."""
+        for note in (self._note_editor, *self.on_expiring):
+            try:
+                note(workspace)
+            except DockerError as error:
+                log.warning('What goes on in workspace %s is not known: %s', workspace.id, error)
+            except Exception:
+                log.exception('What goes on in workspace %s could not be told.', workspace.id)
 
     def _note_editor(self, workspace):
         """Count an open editor as activity."""

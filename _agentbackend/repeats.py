@@ -10,8 +10,8 @@ log = logging.getLogger('agentbackend')
 
 KEPT_FOR = 86400  # seconds
 KEY = re.compile(r'[!-~]{1,255}')
-STREAMED = ('The first answer to this Idempotency-Key was a stream, which is not kept. What it began is not '
-            'begun again{where}.')
+STREAMED = ('The first answer to this Idempotency-Key was a stream, or too long to be kept. What it began is '
+            'not begun again{where}.')
 
 
 class Repeats:

@@ -64,6 +64,9 @@ class Route:
     """One line of the API. `body` and `query` name schemas; an `upload` route takes its body piece by piece,
     and may change that of others; an `open` one needs no token; a `bare` one answers without the envelope.
 
+    `after(backend, call, reply)` returns what is answered in the place of the handler's reply, also when that
+    is given again for a request that is repeated.
+
     The rest is for the OpenAPI document: under which `tag` it stands, if it does; its `answers`, from status
     to the schema of the data, to a media type, or to None; of a WebSocket the schemas of what is said on it,
     `talk`, there and back; and the `errors` and `headers` that it has beside those of all routes.
@@ -80,6 +83,7 @@ class Route:
     tag: str = None
     answers: dict = field(default_factory=dict)
     talk: tuple = ()
+    after: object = None
     errors: tuple = ()
     headers: tuple = ()
 
@@ -161,23 +165,25 @@ def answer_once(backend, environ, answer):
 def endpoint(backend, route):
     """Return the function that Bottle calls: it checks what came, calls the handler, and puts what it returns
     into JSON."""
-    def answer(environ, path, trailers):
+    def asked(environ, path, trailers):
         query = read_query(backend.schemas, route.query, environ.get('QUERY_STRING', ''))
         body = read_body(backend.schemas, route.body, environ) if route.body else None
-        return route.handler(backend, Call(
+        return Call(
             path, query, body, environ.get('agentbackend.trusted', True), environ.get('HTTP_LAST_EVENT_ID'),
             watcher_of(environ), accept=environ.get('HTTP_ACCEPT', ''), method=environ['REQUEST_METHOD'],
             if_none_match=environ.get('HTTP_IF_NONE_MATCH', ''), headers=bottle.request.headers,
             upload=environ.get('agentbackend.upload'), trailers=trailers,
-            host=split_host(environ.get('HTTP_HOST', '')) or ''))
+            host=split_host(environ.get('HTTP_HOST', '')) or '')
 
     def called(**path):
         environ, trailers = bottle.request.environ, {}
         try:
+            call = asked(environ, path, trailers)
             if route.method == 'POST' and 'HTTP_IDEMPOTENCY_KEY' in environ:
-                reply = answer_once(backend, environ, lambda: answer(environ, path, trailers))
+                reply = answer_once(backend, environ, lambda: route.handler(backend, call))
             else:
-                reply = answer(environ, path, trailers)
+                reply = route.handler(backend, call)
+            reply = route.after(backend, call, reply) if route.after else reply
             if reply.stream is not None:
                 environ['agentbackend.streams'] = True
                 environ['agentbackend.trailers'] = trailers

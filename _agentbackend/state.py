@@ -43,6 +43,7 @@ log = logging.getLogger('agentbackend')
 PORT_KINDS = {'codeServer': 'CODE_SERVER_PORTS', 'ssh': 'SSH_PORTS', 'custom': 'CUSTOM_PORTS'}
 ID_LETTERS = string.ascii_lowercase + string.digits
 ANSWERS_KEPT_FOR = 86400  # seconds
+MAX_ANSWER = 65536  # bytes of one that is kept
 RETRY_PAUSE = 1  # seconds until a write that failed is tried again
 CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
 JSON_VERSION = 1  # of the file that earlier versions kept
@@ -398,8 +399,10 @@ class State:
         reason to say that the request has failed."""
         try:
             if self._store:
+                text = json.dumps(answer)
+                text = text if len(text) <= MAX_ANSWER else json.dumps({**answer, 'data': None})
                 self._store.write([('answers before', (answer['at'] - ANSWERS_KEPT_FOR,), None),
-                                   ('answer', (key,), (answer['at'], json.dumps(answer)))])
+                                   ('answer', (key,), (answer['at'], text))])
         except Exception as error:
             log.warning('An answer could not be kept for its Idempotency-Key: %s', error)
 

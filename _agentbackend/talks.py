@@ -1,6 +1,7 @@
 """WebSocket clients that each talk with one program in a workspace: a terminal, or a command."""
 import contextlib
 import logging
+import re
 import struct
 import time
 
@@ -17,7 +18,7 @@ log = logging.getLogger('agentbackend')
 
 MAX_MESSAGE = 2**20  # bytes that come at once, as when something is pasted
 PING_PAUSE = 20  # seconds without a word until a client is asked for a sign of life
-WINDOW = 2**20  # bytes of stdin that may be under way
+WINDOW = 2**22  # bytes of stdin that may be under way
 
 
 class Talk:
@@ -128,7 +129,7 @@ class TerminalClient(Talk):
         for letter, data in frames_of(attached):
             if letter == b'd':
                 self.show(data)
-            elif letter == b'x':
+            elif letter == b'x' and re.fullmatch(rb'\d{1,3}', data):
                 self.say(type='exit', exitCode=int(data))
                 end = 1000, 'the program has ended'
             elif letter == b'e':
@@ -167,7 +168,7 @@ class CommandClient(Talk):
             raise refusal('message', 'is none that a command takes: its stdin comes in binary messages, of '
                                      'which an empty one is the last')
         self._under_way += len(message)
-        if self._under_way > 2 * WINDOW:
+        if self._under_way > WINDOW:
             self._socket.close(POLICY, f'more than {WINDOW} bytes are under way')
             return
         self._ended = not message

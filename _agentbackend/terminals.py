@@ -9,7 +9,7 @@ from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import USER
 from _agentbackend.errors import DockerError, TerminalNotFound, refusal
 from _agentbackend.records import RUNNING
-from _agentbackend.timing import view_time
+from _agentbackend.timing import known_time, view_time
 
 PROGRAM = (Path(__file__).parent / 'inside' / 'terminal.py').read_bytes()
 # Reads no more than the program from stdin, of which the rest is for the program.
@@ -39,8 +39,15 @@ class Terminals:
         if workspace.status != RUNNING:
             return []
         _, printed = self._run(workspace, 'list')
-        return [{**item, 'startedAt': view_time(item['startedAt'])}
-                for item in map(json.loads, printed.decode('utf-8', 'replace').splitlines())]
+        shown = []
+        for line in printed.decode('utf-8', 'replace').splitlines():
+            # Anything in the workspace may have a socket where terminals have theirs.
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                item = json.loads(line)
+                told = {key: int(item[key]) for key in ('columns', 'rows', 'clients')}
+                shown.append({'name': str(item['name'])[:63], 'command': str(item['command'])[:1000], **told,
+                              'startedAt': view_time(known_time(item['startedAt']))})
+        return shown
 
     def end(self, workspace, name):
         """End a terminal with all that runs in it; raise TerminalNotFound."""

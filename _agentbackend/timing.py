@@ -1,4 +1,5 @@
 """How a greenlet that is never without work lets others work too, and how times are read and written."""
+import contextlib
 import functools
 import re
 import time
@@ -11,6 +12,7 @@ import gevent.queue
 from _agentbackend.errors import quoted, refusal
 
 TURN = 0.005  # seconds of work before others are let on
+END_OF_TIME = 253_402_300_800  # the year 10000, in seconds since the epoch
 
 
 class Turn:
@@ -80,6 +82,14 @@ def parse_time(text):
         return time.time()
     second = datetime.fromisoformat(match[1] + (match[3] or 'Z').replace('Z', '+00:00'))
     return second.timestamp() + float(match[2] or 0)
+
+
+def known_time(value):
+    """Return what should be seconds since the epoch as such, and 0 for what is none that can be shown."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        seconds = float(value)
+        return seconds if 0 <= seconds < END_OF_TIME else 0.0
+    return 0.0
 
 
 def view_time(seconds):

@@ -187,6 +187,8 @@ READ_BUFFER = 1024  # bytes of each connection, in the place of 8 KB
 # also end one that lives and only pauses to read.
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
              (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3))
+LOOK_PAUSE = 1  # seconds between looks at a connection on which a next request waits
+ESTABLISHED = 1  # state of a connection that neither side has ended, in TCP_INFO
 MAX_HEADER = 65536  # bytes of all header lines together
 MAX_HEADERS = 100
 MAX_CHUNK_HEAD = 4096  # bytes of the line before a chunk
@@ -234,8 +236,8 @@ class Body:
             self._handler.socket.sendall(b'HTTP/1.1 100 Continue\r\n\r\n')
         if not self._left and self._chunked:
             self._begin_chunk()
-        data = self._handler.rfile.read(min(size, self._left)) if self._left else b''
-        if len(data) < min(size, self._left):
+        data = self._handler.rfile.read1(min(size, self._left)) if self._left else b''
+        if not data and size and self._left:
             raise self._malformed()
         self._left -= len(data)
         if self._chunked and data and not self._left and self._handler.rfile.readline(3) != b'\r\n':
@@ -473,8 +475,11 @@ class DisconnectWatcher:
     def __init__(self, sock, callback):
         self._socket = sock
         self._callback = callback
-        self._watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
-        self._watcher.start(self._readable)
+        self._watch(gevent.get_hub().loop.io(sock.fileno(), 1), self._readable)
+
+    def _watch(self, watcher, look):
+        self._watcher = watcher
+        watcher.start(look)
 
     def _readable(self):
         try:
@@ -483,8 +488,19 @@ class DisconnectWatcher:
             return
         except OSError:
             left = True
-        self.close()  # a byte is a next request on this connection, and would only be seen again and again
+        self.close()
         if left:
+            self._callback()
+        else:  # a byte of a next request would be seen again and again, and hides an end behind it
+            self._watch(gevent.get_hub().loop.timer(LOOK_PAUSE, LOOK_PAUSE), self._look)
+
+    def _look(self):
+        try:
+            state = self._socket._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            state = None
+        if state != ESTABLISHED:
+            self.close()
             self._callback()
 
     def close(self):

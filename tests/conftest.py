@@ -167,7 +167,8 @@ def pytest_runtestloop(session):
     if any('base_image' in item.fixturenames for item in session.items):
         folder = tempfile.mkdtemp()
         backend = agentbackend.make_backend(agentbackend.Config.from_env(
-            {**os.environ, 'STATE_DIR': folder, 'INSTANCE': 'test-base'}))
+            {'DOCKER_HOST': 'unix:///var/run/docker.sock', **os.environ, 'STATE_DIR': folder,
+             'INSTANCE': 'test-base'}))
         session.config.stash[BASE_IMAGE] = gevent.spawn(build_base, backend)
         session.config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
     return (yield)

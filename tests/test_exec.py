@@ -380,13 +380,13 @@ def test_what_is_given_with_the_command_is_all_of_its_stdin(server):
 
 def test_a_command_that_reads_nothing_ends_when_its_client_leaves(server, docker_client):
     with Talk(server, 'sleep 4321') as talk:
-        for _ in range(9):
+        for _ in range(30):
             talk.socket.send_binary(bytes(2**17))
         until_running(server, docker_client, 'sleep 4321')
     until_gone(server, docker_client, 'sleep 4321')
     with Talk(server, 'sleep 4322') as talk:
         until_running(server, docker_client, 'sleep 4322')
-        for _ in range(17):
+        for _ in range(33):
             talk.socket.send_binary(bytes(2**17))
         talk.end()
         assert talk.closed == 1008
