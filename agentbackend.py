@@ -3,6 +3,11 @@
 This module is the door: the table of routes and their handlers, the composition, the server and the command
 line. The parts stand in the package `_agentbackend`, in layers. Each file knows only those below it:
 
+    cli          the command line, a client over HTTP
+    mcp          the MCP server, another one
+    console      what the command line's verbs share: what they say, how they fail, what they show
+    transfer     files and folders on their way between a client's machine and a workspace
+    remote       the API as those call it; it imports nothing of what stands below
     server       the WSGI server: the port, the lock of the instance, and the end in order
     clients      who listens: SSE and WebSocket clients
     feeds        what a reader of a workspace or a session is given: what was missed, then what comes
@@ -494,7 +499,7 @@ def execute_task(backend, call):
     after = (run.number - 1, LAST_LINE, 0)
     if 'application/json' in call.accept:
         return Reply({'sessionId': session.id, 'runId': run.id, 'workspaceId': session.workspace_id,
-                      'agent': session.agent}, 202, headers)
+                      'agent': session.agent, 'after': event_id_of(after)}, 202, headers)
     return follow(backend, call, lambda: SessionFeed(backend, session.id, after=after, task=(session, run)),
                   headers)
 

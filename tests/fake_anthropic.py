@@ -53,6 +53,10 @@ def bash(command, description='Run a command', **options):
     return tool('Bash', command=command, description=description, **options)
 
 
+def mcp(name, /, **body):
+    return {'type': 'tool_use', 'name': f'mcp__agentbackend__{name}', 'input': body}
+
+
 # Each script is a list of answers, each answer a list of blocks. CWD stands for the project's folder, HEARD
 # for the last result of a tool.
 SCRIPTS = {
@@ -73,6 +77,12 @@ SCRIPTS = {
     'long': [[bash('sh -c "sleep 61.5; true"', 'Sleep')], [text('Slept.')]],
     'nested': [[bash('exec 2>/dev/null; sleep 62.5 & sh -c "sleep 63.5; true" & wait', 'Sleep thrice')],
                [text('Slept.')]],
+    'workspaces': [
+        [mcp('create_workspace', name='by-claude')],
+        [mcp('write_file', workspace='by-claude', path='answer.sh', content='echo "it runs: $((6 * 7))"\n')],
+        [mcp('run_command', workspace='by-claude', command='sh answer.sh >result; cat result')],
+        [mcp('read_file', workspace='by-claude', path='result')],
+        [mcp('delete_workspace', workspace='by-claude')], [text('I did it: HEARD')]],
     'serve': [[bash('setsid sleep 64.5 >/dev/null 2>&1 & echo started', 'Start a server')],
               [text('It is up.')]],
     'background': [[bash('sleep 65.5', 'Serve', run_in_background=True)],

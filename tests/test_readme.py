@@ -71,6 +71,20 @@ def test_the_whole_exchange_with_curl_works_as_it_stands(on_port_3100, tmp_path,
     assert '"deleted":true' in said['7']
 
 
+def test_the_exchange_on_the_command_line_works_as_it_stands(on_port_3100, tmp_path):
+    script = re.search(r'<!-- command line -->\n```sh\n(.*?)```', README, re.DOTALL)[1]
+    keygen = f'mkdir -p {tmp_path}/.ssh && ssh-keygen -q -t ed25519 -N "" -f {tmp_path}/.ssh/id_ed25519\n'
+    script = script.replace('$PWD/.venv/bin', str(Path(sys.executable).parent))
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', keygen + script], cwd=tmp_path,
+                          env={**os.environ, 'HOME': str(tmp_path)}, capture_output=True, text=True,
+                          timeout=1500, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout
+    for part in ('healthy', 'codeServerUrl', 'sshCommand', '1.4.5\n', 'hello\n', '[1/3] Creating index.ts...',
+                 '+export default { port: 3000', 'myproject is deleted'):
+        assert part in said, (part, said, done.stderr)
+
+
 def test_the_script_makes_uploads_tests_and_cleans_up(tmp_path, docker_client, base_image):
     """With a repository in the first workspace, since there may be no other."""
     served = Served(tmp_path, ROOT / 'templates', DEFAULT_TEMPLATE='blank',
