@@ -72,6 +72,7 @@ SCRIPTS = {
                tool('TaskUpdate', taskId='3', status='deleted')],
               [tool('TaskList')], [text('All tasks are done.')]],
     'talk': [[text('Hello there.')]],
+    'commit': [[bash('git commit -q --allow-empty -m agent')], [text('I said HEARD.')]],
     'write': [[write('one.txt', 'one\n')], [text('Wrote it.')]],
     'failing': [[bash('echo before; exit 3')], [write('two.txt', 'two\n')], [text('One of two worked.')]],
     'long': [[bash('sh -c "sleep 61.5; true"', 'Sleep')], [text('Slept.')]],

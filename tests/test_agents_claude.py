@@ -253,13 +253,20 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
 
 
 def test_a_command_that_takes_longer_than_an_agent_may_be_silent_is_let_be(server):
-    with restarted(server, AGENT_IDLE_TIMEOUT='16'):
+    with restarted(server, AGENT_IDLE_TIMEOUT='12'):
         events = do(server, '[script:tests]')
     assert end_of(events)[0] == 'result', events[-1]
     again = transcript(server, events[0]['sessionId'])
     times = [parse_time(event['timestamp']) for event in again]
     assert times == sorted(times) and [event['timestamp'] for event in events] == [event['timestamp']
                                                                                    for event in again]
+
+
+def test_an_agent_can_commit(server, docker_client):
+    events = do(server, '[script:commit]')
+    assert end_of(events)[0] == 'result', events[-1]
+    assert shell(docker_client, server.container, f'cd {PROJECT} && git log -1 --format="%s %an %ae"') == (
+        0, 'agent dev dev@localhost\n')
 
 
 @pytest.mark.parametrize('script', ['long', 'nested'])

@@ -171,7 +171,7 @@ for step in range(1, 7):
 
 def test_an_agent_in_python_is_heard_as_it_speaks(server, docker_client):
     put(docker_client, server.container, 'agent.py', PYTHON_AGENT)
-    with restarted(server, AGENT_COMMAND='python3 /workspace/agent.py', AGENT_IDLE_TIMEOUT='4'):
+    with restarted(server, AGENT_COMMAND='python3 /workspace/agent.py', AGENT_IDLE_TIMEOUT='3'):
         events = do(server, 'count')
     assert end_of(events)[0] == 'result' and [data['step'] for data in progress(events)] == [1, 2, 3, 4, 5, 6]
 

@@ -393,6 +393,14 @@ def test_a_size_out_of_bounds_is_refused_however_it_is_written(memory):
         body_of('application/json', json.dumps({'name': 'a', 'memory': memory}).encode())
 
 
+def test_a_bare_at_sign_belongs_to_the_user_or_the_password():
+    """As people paste them; the last one stands before the host."""
+    for user in ('john@example.com:tok', 'ann:p@ss', 'john@example.com:p@ss'):
+        name, _, password = user.replace('@', '%40').partition(':')
+        assert split_credentials(f'https://{user}@host.example/r.git') == (
+            'https://host.example/r.git', f'https://{name}:{password}@host.example\n')
+
+
 @pytest.mark.parametrize(('call', 'given', 'text'), [
     (parse_json, b' ', 'This is not valid JSON: it is empty.'),
     (parse_json, b'{"name" "a"}', "This is not valid JSON: expecting ':' delimiter (line 1, column 9)."),
