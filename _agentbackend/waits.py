@@ -7,6 +7,8 @@ from _agentbackend.errors import ClientLeft, WaitTimeout, WorkspaceNotRunning
 from _agentbackend.events import EVERYTHING
 from _agentbackend.records import ERROR, STOPPED
 
+LOOK_PAUSE = 5  # seconds after which a record is looked at in any case
+
 
 class Bell(gevent.event.Event):
     """A reader of events that rings when there are some."""
@@ -39,7 +41,7 @@ def wait_until(state, events, workspace, statuses, timeout, watch_disconnect, *,
                                               f"not become {' or '.join(statuses)} by itself"
                                               + (f': {workspace.error}' if workspace.error else '.'))
                 return workspace
-            bell.wait()
+            bell.wait(LOOK_PAUSE)
             if bell.client_left:
                 raise ClientLeft('Nobody waits for it any more.')
             workspace = state.get(workspace.id)

@@ -421,6 +421,7 @@ class Workspaces:
         self._probes.unmeter(workspace_id)
         self._engine.remove(workspace_id)
         self._forget(workspace_id)
+        log.info('Workspace %s is gone.', workspace_id)
 
     def _forget(self, workspace_id):
         self._once.pop(workspace_id, None)
