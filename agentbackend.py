@@ -5,6 +5,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
 
     cli          the command line, a client over HTTP
     mcp          the MCP server, another one
+    shapes       types of what the tools of the MCP server are given and answer
     console      what the command line's verbs share: what they say, how they fail, what they show
     transfer     files and folders on their way between a client's machine and a workspace
     remote       the API as those call it; it imports nothing of what stands below

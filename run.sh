@@ -52,7 +52,7 @@ make_venv() {
         install_packages python3-venv
         python3 -m venv .venv
     fi
-    .venv/bin/pip install -qq --disable-pip-version-check -e '.[test]'
+    .venv/bin/pip install -qq --disable-pip-version-check --config-settings editable_mode=compat -e '.[test]'
     .venv/bin/pip install -qq --disable-pip-version-check --no-deps "$SCALAR" "$XTERM"
     echo "$wanted" >.venv/stamp
 }

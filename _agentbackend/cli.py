@@ -5,15 +5,11 @@ triple the time of an `ls`, and lines are enough.
 """
 import contextlib
 import datetime
-import importlib.util
 import os
 import re
-import secrets
 import shlex
 import sys
 import time
-import webbrowser
-from pathlib import Path
 
 import click
 from click.shell_completion import get_completion_class
@@ -29,11 +25,13 @@ from _agentbackend.console import (
     named,
     pairs,
     since_of,
+    summary,
     table,
     terminal_of,
+    told,
+    told_progress,
 )
 from _agentbackend.remote import RemoteError, Unreachable, path_of, quoted
-from _agentbackend.transfer import Counter, amount, download, upload
 
 CODES = '''\b
 Exit codes:
@@ -66,7 +64,8 @@ def cli(context, url, token_file):
     context.obj.url = url or DEFAULT_URL
     if token_file:
         try:
-            context.obj.token = Path(token_file).read_text().strip()
+            with open(token_file) as file:
+                context.obj.token = file.read().strip()
         except (OSError, ValueError) as error:
             raise click.BadParameter(f'{token_file}: {getattr(error, "strerror", None) or error}', context,
                                      param_hint='--token-file') from error
@@ -117,7 +116,7 @@ def create(talk, name, git, branch, env, ports, keys, labels, wait, **fields):
             'sshPublicKeys': [file.read() for file in keys]}
     body = {key: value for key, value in body.items() if value not in (None, {}, [])}
     made = talk.remote.call('POST', '/api/workspaces', body,
-                            headers={'Idempotency-Key': secrets.token_hex(16)})
+                            headers={'Idempotency-Key': os.urandom(16).hex()})
     if not wait:
         talk.say(made, f"{made['name']} ({made['id']}) is {made['status']}; "
                        f"`agentbackend events {made['name']}` shows how far.")
@@ -126,24 +125,6 @@ def create(talk, name, git, branch, env, ports, keys, labels, wait, **fields):
     talk.clear()
     found = talk.remote.call('GET', path_of(made['id']))
     talk.say(found, summary(found))
-
-
-def told_progress(data):
-    """Return an event of progress, or a line of a log, as a line."""
-    of = f"[{data['step']}/{data['total']}] " if 'step' in data else ''
-    return of + click.unstyle(data.get('message') or data.get('phase') or '')
-
-
-def summary(workspace):
-    """Return what a person needs of a workspace."""
-    shown = {key: workspace.get(key) for key in (
-        'name', 'id', 'status', 'type', 'template', 'codeServerUrl', 'codeServerPassword', 'sshCommand',
-        'ports', 'gitUrl', 'gitBranch', 'labels', 'error', 'warnings', 'pending', 'expiresAt')}
-    used = workspace.get('resources') or {}
-    if used:
-        shown['uses'] = (f"{used['cpuPercent']:.0f} % CPU, {amount(used['memoryUsage'])} of "
-                         f"{amount(used['memoryLimit'])}")
-    return facts(shown)
 
 
 @verb('agentbackend ls --status running')
@@ -202,10 +183,13 @@ def rm(talk, workspaces):
 def logs(talk, workspace, follow, tail, since):
     """Print the log of a workspace."""
     query = {'tail': tail, 'since': since_of(since)}
-    if not follow and not talk.json:
+    if not follow:
         with talk.remote.open('GET', path_of(workspace, 'logs'), query=query, timeout=None) as answer:
-            for data in answer.pieces():
-                sys.stdout.buffer.write(data)
+            for line in iter(answer.readline, b''):
+                if talk.json:
+                    talk.say({'message': line.decode().rstrip('\n')})
+                else:
+                    sys.stdout.buffer.write(line)
         return
     query['tail'] = 100_000 if tail is None and since is None else tail
     for event in talk.remote.events(path_of(workspace, 'events'), query=query):
@@ -225,16 +209,6 @@ def events(talk, workspace, tail):
         talk.say(event, f"{event['timestamp'][11:19]}  {told(event)}")
         if event['data'].get('deleted'):
             return
-
-
-def told(event):
-    """Return an event as a line."""
-    data = event['data']
-    text = {'status': lambda: ' '.join(filter(None, [data['status'], data.get('error')])),
-            'progress': lambda: told_progress(data),
-            'log': lambda: ' '.join(data[key] for key in ('tool', 'message', 'status') if data.get(key)),
-            }.get(event['type'], lambda: data.get('message', ''))()
-    return f"{event['type']:<8}  {event.get('sessionId', '')}{': ' if 'sessionId' in event else ''}{text}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,7 +245,7 @@ def execute(talk, workspace, command, terminal, detach, env, **fields):
     command = command_of(command)
     if terminal:
         line = command if isinstance(command, str) else shlex.join(command)
-        name = f'exec-{secrets.token_hex(4)}'
+        name = f'exec-{os.urandom(4).hex()}'
         try:
             return terminal_of(talk, workspace, name, line)
         finally:
@@ -301,8 +275,9 @@ def execute(talk, workspace, command, terminal, detach, env, **fields):
 def stdin_file():
     """Return the file descriptor of what this command is given, None where that is a terminal or nothing."""
     try:
-        return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.fileno()
-    except (OSError, ValueError):
+        file = sys.stdin.fileno()
+        return None if os.isatty(file) or os.path.samestat(os.fstat(file), os.stat(os.devnull)) else file
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -365,6 +340,7 @@ def cp(talk, source, target):
     sides = [re.fullmatch(r'([A-Za-z0-9][^:/]*):(.*)', text, re.DOTALL) for text in (source, target)]
     if bool(sides[0]) == bool(sides[1]):
         raise click.UsageError('One of the two has to be in a workspace, as NAME:PATH, the other one here.')
+    from _agentbackend.transfer import Counter, download, upload
     counter = Counter(talk.step)
     if sides[1]:
         upload(talk.remote, source, *sides[1].groups(), counter)
@@ -398,7 +374,7 @@ def run(talk, workspace, task, detach, **fields):
     text = sys.stdin.read() if task == ('-',) else ' '.join(task)
     body = {'workspaceId': workspace, 'task': text, **{key: value for key, value in fields.items() if value}}
     begun = talk.remote.call('POST', '/api/agent/execute', body,
-                             headers={'Idempotency-Key': secrets.token_hex(16)})
+                             headers={'Idempotency-Key': os.urandom(16).hex()})
     if detach:
         talk.say(begun, begun['sessionId'])
         return 0
@@ -427,18 +403,14 @@ def follow_task(talk, session, after=None):
                         return 0 if event['type'] == 'result' else FAILED
         except KeyboardInterrupt:
             talk.clear()
-            if not (sys.stdin.isatty() and sys.stderr.isatty()) or not wants_cancel():
+            ask = sys.stdin.isatty() and sys.stderr.isatty()
+            if not ask or click.prompt('Cancel the task, or leave it running?', default='leave', err=True,
+                                       type=click.Choice(['cancel', 'leave'])) == 'leave':
                 talk.note(f'The task goes on; `agentbackend follow {session}` shows it, `agentbackend cancel '
                           f'{session}` ends it.')
                 return INTERRUPTED
             talk.remote.call('POST', f'{path}/cancel')
             stream = talk.remote.events(f'/agent/sse/{quoted(session)}', after=talk.last or after)
-
-
-def wants_cancel():
-    """Ask what is to become of the task."""
-    return click.prompt('Cancel the task, or leave it running?', type=click.Choice(['cancel', 'leave']),
-                        default='leave', err=True) == 'cancel'
 
 
 def print_step(talk, event):
@@ -530,6 +502,7 @@ def open_page(talk, workspace):
     talk.say({'url': shown, **({'password': password} if password else {})},
              shown + (f'\nIts password: {password}' if password else ''))
     if not talk.json:
+        import webbrowser
         webbrowser.open(shown)
 
 
@@ -543,7 +516,8 @@ def completion(talk, which):
 @verb('API_TOKEN=secret HOST=0.0.0.0 agentbackend serve')
 def serve(talk):
     """Start the server. Environment variables are its settings; the README lists them."""
-    door = importlib.util.find_spec('agentbackend').origin
+    from importlib.util import find_spec
+    door = find_spec('agentbackend').origin
     os.execv(sys.executable, [sys.executable, door])  # gevent has to be the first that it imports
 
 
@@ -553,7 +527,8 @@ def serve(talk):
 @click.option('--read-only', is_flag=True, help='Offer only what changes nothing.')
 def mcp(talk, http, workspace, read_only):
     """Serve workspaces to an agent of yours, over the Model Context Protocol."""
-    if importlib.util.find_spec('mcp') is None:
+    from importlib.util import find_spec
+    if find_spec('mcp') is None:
         raise RemoteError("This needs the package mcp: pip install 'agentbackend[mcp]'.", 'WRONG_USE')
     from _agentbackend.mcp import serve as serve_mcp
     serve_mcp(talk.remote, token=talk.token, port=http, workspace=workspace, read_only=read_only)

@@ -14,7 +14,7 @@ import tty
 import click
 from click.shell_completion import CompletionItem
 
-from _agentbackend.remote import PIECE, Remote, RemoteError, Unreachable, path_of
+from _agentbackend.remote import PIECE, Remote, RemoteError, Unreachable, amount, path_of
 
 DEFAULT_URL = 'http://127.0.0.1:3100'
 FAILED, WRONG_USE, NOT_FOUND, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130
@@ -172,6 +172,34 @@ def since_of(text):
     match = re.fullmatch(r'(\d+)([smhd])', text or '')
     seconds = {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}
     return str(int(time.time()) - int(match[1]) * seconds[match[2]]) if match else text
+
+
+def told_progress(data):
+    """Return an event of progress, or a line of a log, as a line."""
+    of = f"[{data['step']}/{data['total']}] " if 'step' in data else ''
+    return of + click.unstyle(data.get('message') or data.get('phase') or '')
+
+
+def summary(workspace):
+    """Return what a person needs of a workspace."""
+    shown = {key: workspace.get(key) for key in (
+        'name', 'id', 'status', 'type', 'template', 'codeServerUrl', 'codeServerPassword', 'sshCommand',
+        'ports', 'gitUrl', 'gitBranch', 'labels', 'error', 'warnings', 'pending', 'expiresAt')}
+    used = workspace.get('resources') or {}
+    if used:
+        shown['uses'] = (f"{used['cpuPercent']:.0f} % CPU, {amount(used['memoryUsage'])} of "
+                         f"{amount(used['memoryLimit'])}")
+    return facts(shown)
+
+
+def told(event):
+    """Return an event as a line."""
+    data = event['data']
+    text = {'status': lambda: ' '.join(filter(None, [data['status'], data.get('error')])),
+            'progress': lambda: told_progress(data),
+            'log': lambda: ' '.join(data[key] for key in ('tool', 'message', 'status') if data.get(key)),
+            }.get(event['type'], lambda: data.get('message', ''))()
+    return f"{event['type']:<8}  {event.get('sessionId', '')}{': ' if 'sessionId' in event else ''}{text}"
 
 
 # ---------------------------------------------------------------------------------------------

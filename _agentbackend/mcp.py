@@ -6,8 +6,9 @@ of a tool talks with the API in a thread of its own, whose connections are cut w
 import contextlib
 import functools
 import hmac
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+import inspect
+import time
+from typing import Any, Literal
 
 import anyio
 import anyio.from_thread
@@ -16,127 +17,52 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp.types import ToolAnnotations
-from pydantic import Field
 
 from _agentbackend import VERSION
 from _agentbackend.remote import RemoteError, files_path, path_of, quoted
+from _agentbackend.shapes import (
+    ADDS,
+    AGAIN,
+    DESTROYS,
+    HINTS,
+    MAX_TEXT,
+    READS,
+    RUNS,
+    Background,
+    CommandLine,
+    Cwd,
+    Entry,
+    Env,
+    ExecId,
+    FilePath,
+    Lines,
+    Name,
+    Output,
+    SessionId,
+    Task,
+    Transcript,
+    Workspace,
+    Written,
+    capped,
+    line_of,
+    said,
+    workspace_of,
+)
 from _agentbackend.transfer import is_folder
 
-INSTRUCTIONS = '''Workspaces are Linux containers with an editor, git and the tools of a template, in which \
-you run commands and edit files. A workspace is named by its name or id; paths are relative to its project \
-unless they begin with a slash. Begin with list_workspaces or create_workspace. What is deleted is gone for \
-ever.'''
-MAX_TEXT = 30_000  # characters of one output that an answer holds
+INSTRUCTIONS = '''Workspaces are Linux containers with git and the tools of a template, in which you run \
+commands and edit files. Start with list_workspaces; to make a new one, list_templates, then \
+create_workspace. A workspace is named by its name or id. Its project is the folder /workspace/NAME, into \
+which a repository is cloned directly; paths and cwd are relative to it unless they begin with a slash. \
+Commands and tasks need a running workspace; files can be read and written in a stopped one too. Delete \
+files with run_command. Deletion is permanent.'''
+OPEN = ('starting', 'running', 'cancelling')  # states of a task that is at work
 MAX_EDIT = 2**21  # bytes of a file that is edited
-MAX_LINES = 1000
 HOSTS = [f'{host}:*' for host in ('127.0.0.1', 'localhost', '[::1]')]
-READS = ToolAnnotations(readOnlyHint=True, openWorldHint=False)
-CHANGES = ToolAnnotations(readOnlyHint=False, destructiveHint=False, openWorldHint=False)
-AGAIN = ToolAnnotations(readOnlyHint=False, destructiveHint=False, idempotentHint=True, openWorldHint=False)
-DESTROYS = ToolAnnotations(readOnlyHint=False, destructiveHint=True, idempotentHint=True,
-                           openWorldHint=False)
-RUNS = ToolAnnotations(readOnlyHint=False, destructiveHint=True, openWorldHint=True)
 SEARCH = r'''
 if command -v rg >/dev/null; then exec rg -n --no-heading -m 100 ${3:+-g "$3"} -e "$1" -- "$2"; fi
 exec grep -rnIE -m 100 ${3:+--include="$3"} -e "$1" -- "$2"
 '''
-
-
-
-def said(kind, description, **limits):
-    """Return the type of an argument, with what a model is told of it."""
-    return Annotated[kind, Field(description=description, **limits)]
-
-
-Name = said(str, 'Name or id of the workspace.')
-FilePath = said(str, 'Path, relative to the project unless it begins with a slash.')
-ExecId = said(str, 'exec_id of a command that was started in the background.')
-SessionId = said(str, 'Id of the session, as start_task gives it.')
-
-
-@dataclass
-class Workspace:
-    """A workspace."""
-
-    name: str
-    id: str
-    status: str
-    type: str
-    template: str
-    ports: dict[str, int] = field(default_factory=dict)
-    editor_url: str | None = None
-    editor_password: str | None = None
-    ssh_command: str | None = None
-    git_url: str | None = None
-    expires_at: str | None = None
-    error: str | None = None
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Output:
-    """What a command has printed. `note` says what is missing, and how to get it."""
-
-    exit_code: int | None
-    stdout: str
-    stderr: str
-    note: str = ''
-
-
-@dataclass
-class Background:
-    """A command in the background. `next` is what `after` has to be for what follows."""
-
-    exec_id: str
-    state: str
-    exit_code: int | None = None
-    output: str = ''
-    next: int = 0
-
-
-@dataclass
-class Entry:
-    """A file or folder; size in bytes."""
-
-    name: str
-    type: str
-    size: int
-
-
-@dataclass
-class Lines:
-    """Lines of a file. `next_line` is where what follows begins, null at the end."""
-
-    content: str
-    first_line: int
-    last_line: int
-    next_line: int | None
-
-
-@dataclass
-class Written:
-    """A file that was written; size in bytes."""
-
-    path: str
-    size: int
-
-
-@dataclass
-class Task:
-    """A task of an agent, and what it has said."""
-
-    session: str
-    state: str
-    result: str = ''
-    error: str = ''
-
-
-@dataclass
-class Transcript:
-    """What a session has said and done. `next` is what `after` has to be for the rest, null at the end."""
-
-    lines: list[str]
-    next: str | None
 
 
 class Tools:
@@ -160,6 +86,12 @@ class Tools:
 
     async def _call(self, *args, **options):
         return await self._talk(lambda remote: remote.call(*args, **options))
+
+    async def _text(self, path, query):
+        def work(remote):
+            with remote.open('GET', path, query=query, headers={'Accept': 'text/plain'}) as answer:
+                return answer.read().decode('utf-8', 'replace')
+        return await self._talk(work)
 
     def confined(self, tool):
         """Return a tool that refuses what belongs to another workspace than the one it is confined to."""
@@ -192,16 +124,18 @@ class Tools:
     async def create_workspace(
             self, ctx: Context,
             name: said(str, 'Letters, digits, "_", "." and "-".'),
-            template: said(str | None, 'As list_templates has it.') = None,
-            type: said(str | None, 'persistent, temporary (is deleted when it stops) or agent (is deleted '
-                       'when nobody uses it).') = None,
-            git_url: said(str | None, 'Repository to clone.') = None,
+            template: said(str | None, 'A name from list_templates; omit for the default one.') = None,
+            type: said(Literal['persistent', 'temporary', 'agent'], 'persistent: kept until deleted; '
+                       'temporary: deleted when it stops; agent: deleted after a day without use.'
+                       ) = 'persistent',
+            git_url: said(str | None, 'Repository to clone into the project.') = None,
             git_branch: said(str | None, 'Branch, tag or commit of it.') = None,
-            env: said(dict[str, str] | None, 'Environment variables.') = None,
-            ports: said(list[int] | None, 'Ports of its to publish on the host.') = None,
+            env: said(dict[str, str] | None, 'Environment variables for all that runs in it.') = None,
+            ports: said(list[int] | None, 'Container ports to publish on the host.') = None,
             setup: said(str | None, 'Command line to run in the new project.') = None,
-            ttl: said(int | None, 'Seconds after which it is deleted.') = None) -> Workspace:
-        """Make a workspace, and wait until it runs. The first one of a template may take minutes."""
+            ttl: said(int | None, 'Seconds after which it is deleted; omit for never.') = None) -> Workspace:
+        """Create a workspace, clone `git_url`, run `setup`, and return when it is ready. The first one of a
+        template may take minutes. A clone that fails is an error; `warnings` tells of a setup that did."""
         body = without_none({
             'name': name, 'template': template, 'type': type, 'gitUrl': git_url, 'gitBranch': git_branch,
             'env': env, 'ports': ports, 'setup': setup, 'ttl': ttl})
@@ -213,15 +147,16 @@ class Tools:
         return await self._talk(work)
 
     async def show_workspace(self, workspace: Name) -> Workspace:
-        """Show a workspace: its status, and where its editor, SSH and ports are."""
+        """Show a workspace: its status, where its editor, SSH and ports are, and in `error` why it failed."""
         return workspace_of(await self._call('GET', path_of(workspace)))
 
     async def start_workspace(self, workspace: Name) -> Workspace:
-        """Start a stopped workspace, and wait until it runs."""
+        """Start a stopped workspace, and wait until it runs; read_workspace_log tells why that failed."""
         return await self._become(workspace, 'start', 'running')
 
     async def stop_workspace(self, workspace: Name) -> Workspace:
-        """Stop a workspace; its files are kept, unless it is temporary."""
+        """Stop a workspace, with all that runs in it. It keeps its files and can be started again, but a
+        temporary one is deleted by this."""
         return await self._become(workspace, 'stop', 'stopped')
 
     async def _become(self, workspace, verb, status):
@@ -229,30 +164,26 @@ class Tools:
                                              timeout=None))
 
     async def delete_workspace(self, workspace: Name) -> str:
-        """Delete a workspace with all its files, for ever."""
-        found = await self._call('DELETE', path_of(workspace))
-        return f"{found['name']} is deleted."
+        """Permanently delete a workspace, running or not, and all its files. See git_status for unpushed work
+        first."""
+        return f"{(await self._call('DELETE', path_of(workspace)))['name']} is deleted."
 
-    async def read_log(self, workspace: Name,
+    async def read_workspace_log(self, workspace: Name,
                        tail: said(int, 'How many lines.', ge=1, le=1000) = 100) -> str:
-        """Read the last lines of what a workspace has logged since its start: its set-up, editor and SSH."""
-
-        def work(remote):
-            with remote.open('GET', path_of(workspace, 'logs'), query={'tail': tail}) as answer:
-                return answer.read().decode('utf-8', 'replace')
-        return await self._talk(work)
+        """Read the last lines of a workspace's own log (set-up, editor, SSH), also of one that failed. For
+        log files use read_file, for what a command prints read_command."""
+        return await self._text(path_of(workspace, 'logs'), {'tail': tail})
 
     # Commands
 
     async def run_command(
             self, workspace: Name,
-            command: said(str, 'Command line for bash.'),
-            cwd: said(str | None, 'Folder to begin in.') = None,
-            env: said(dict[str, str] | None, 'Environment variables.') = None,
-            stdin: said(str | None, 'What it is given to read.') = None,
-            timeout: said(float, 'Seconds it may take.', gt=0, le=3600) = 120) -> Output:
-        """Run a command in a workspace, and wait for its end. For servers and whatever takes long, use
-        start_command."""
+            command: CommandLine, cwd: Cwd = None, env: Env = None,
+            stdin: said(str | None, 'Text for its standard input.') = None,
+            timeout: said(float, 'Seconds after which it is killed, with all it started.', gt=0,
+                          le=3600) = 120) -> Output:
+        """Run a command in a workspace, and wait for its end. Of very long output the middle is left out. For
+        servers, and for what takes more than two minutes, use start_command."""
         body = {'command': command, 'cwd': cwd, 'env': env, 'stdin': stdin, 'timeout': timeout}
         done = await self._call('POST', path_of(workspace, 'exec'), without_none(body), timeout=None)
         stdout, stderr = (capped(done[name], done['encoding']) for name in ('stdout', 'stderr'))
@@ -262,42 +193,53 @@ class Tools:
                          'read_file, or use start_command and read_command.')
         return Output(done['exitCode'], stdout, stderr, ' '.join(notes))
 
-    async def start_command(
-            self, workspace: Name, command: said(str, 'Command line for bash.'),
-            cwd: said(str | None, 'Folder to begin in.') = None) -> Background:
-        """Start a command in the background of a workspace. It goes on until it ends, or is ended by
-        stop_command."""
+    async def start_command(self, workspace: Name, command: CommandLine, cwd: Cwd = None,
+                            env: Env = None) -> Background:
+        """Start a command in the background of a workspace, and return its exec_id at once. read_command
+        reads what it prints, stop_command ends it."""
         begun = await self._call('POST', path_of(workspace, 'exec'),
-                                 without_none({'command': command, 'cwd': cwd, 'detach': True}))
+                                 without_none({'command': command, 'cwd': cwd, 'env': env,
+                                               'detach': True}))
         return Background(begun['execId'], begun['state'])
+
+    async def list_commands(self, workspace: Name) -> list[Background]:
+        """List the background commands of a workspace, also those that have ended."""
+        found = await self._call('GET', path_of(workspace, 'exec'))
+        return [Background(item['execId'], item['state'], item['exitCode'], command=item['command'])
+                for item in found]
 
     async def read_command(
             self, workspace: Name, exec_id: ExecId,
-            after: said(int, 'Bytes that were read: the `next` of the last answer.', ge=0) = 0) -> Background:
-        """Read what a command in the background has printed, and whether it has ended."""
-        path = path_of(workspace, 'exec', quoted(exec_id))
+            after: said(int, 'The `next` of the last answer; 0 reads from the beginning.', ge=0) = 0,
+            wait: said(float, 'Seconds to wait for new output or the end.', ge=0, le=600) = 5) -> Background:
+        """Read what a background command has printed since `after`, stdout and stderr as they came, and
+        whether it runs or has ended. At most 30,000 bytes at a time."""
+        path, until = path_of(workspace, 'exec', quoted(exec_id)), time.monotonic() + wait
 
         def work(remote):
-            found, data = remote.call('GET', path), b''
-            with remote.open('GET', f'{path}/output', query={'after': after}) as answer:
-                for piece in answer.pieces():
-                    data += piece
-                    if len(data) > MAX_TEXT:
-                        break
-            data = data[:MAX_TEXT]
-            return Background(exec_id, found['state'], found['exitCode'], data.decode('utf-8', 'replace'),
-                              after + len(data))
+            while True:
+                found, data = remote.call('GET', path), b''
+                with remote.open('GET', f'{path}/output', query={'after': after}) as answer:
+                    for piece in answer.pieces():
+                        data += piece
+                        if len(data) > MAX_TEXT:
+                            break
+                if data or found['state'] != 'running' or time.monotonic() > until:
+                    text = data[:MAX_TEXT]
+                    return Background(exec_id, found['state'], found['exitCode'],
+                                      text.decode('utf-8', 'replace'), after + len(text))
+                time.sleep(0.3)
         return await self._talk(work)
 
     async def stop_command(self, workspace: Name, exec_id: ExecId) -> str:
-        """End a command in the background, with all that it has started."""
+        """Tell a background command, and all it has started, to end. What it printed can still be read."""
         await self._call('POST', path_of(workspace, 'exec', quoted(exec_id), 'signal'), {'signal': 'TERM'})
         return f'{exec_id} was told to end.'
 
     # Files
 
     async def list_files(self, workspace: Name, path: FilePath = '') -> list[Entry]:
-        """List what is in a folder of a workspace."""
+        """List what is in a folder of a workspace, hidden files too, but not what is in folders below it."""
         if await self._talk(is_folder, workspace, path) is False:
             raise ToolError(f'{path} is a file; read_file reads it.')
         found = await self._call('GET', files_path(workspace, path))
@@ -306,8 +248,9 @@ class Tools:
     async def read_file(
             self, workspace: Name, path: FilePath,
             first_line: said(int, 'Line to begin with.', ge=1) = 1,
-            lines: said(int, 'How many lines.', ge=1, le=MAX_LINES) = 500) -> Lines:
-        """Read lines of a text file in a workspace."""
+            lines: said(int, 'How many lines at most.', ge=1, le=1000) = 500) -> Lines:
+        """Read lines of a text file in a workspace, without line numbers. `next_line` says where to go on;
+        it is null at the end of the file."""
 
         def work(remote):
             kept, number, size = [], 0, 0
@@ -334,12 +277,12 @@ class Tools:
 
     async def edit_file(
             self, workspace: Name, path: FilePath,
-            old: said(str, 'Text that is there, exactly, with enough around it to stand there only once.',
-                      min_length=1),
-            new: said(str, 'What stands in its place then.'),
+            old: said(str, 'Exact text to replace, with its white space; it must stand there only once, '
+                      'unless everywhere is true.', min_length=1),
+            new: said(str, 'Text in its place; empty deletes it.'),
             everywhere: said(bool, 'Replace it wherever it stands.') = False) -> Written:
-        """Replace a text in a file of a workspace. Nothing is written when somebody has changed the file
-        meanwhile."""
+        """Replace text in a file of a workspace. Fails, writing nothing, if `old` is missing or stands there
+        several times."""
 
         def work(remote):
             with remote.open('GET', files_path(workspace, path), headers={'Accept': '*/*'}) as answer:
@@ -358,9 +301,10 @@ class Tools:
         return await self._talk(work)
 
     async def search_files(
-            self, workspace: Name, pattern: said(str, 'Regular expression.'), path: FilePath = '.',
-            glob: said(str | None, 'Only files of such names, as *.py.') = None) -> str:
-        """Search the files of a workspace; answers with lines FILE:LINE:TEXT."""
+            self, workspace: Name, pattern: said(str, 'Extended regular expression.'), path: FilePath = '.',
+            glob: said(str | None, 'Only files matching this, as *.py.') = None) -> str:
+        """Search the files of a workspace for lines. Returns FILE:LINE:TEXT, at most 100 lines of a file;
+        what git ignores and hidden files are left out where ripgrep is installed."""
         body = {'command': ['sh', '-c', SEARCH, 'sh', pattern, path, glob or ''], 'timeout': 60}
         done = await self._call('POST', path_of(workspace, 'exec'), body, timeout=None)
         if done['exitCode'] > 1:
@@ -370,58 +314,71 @@ class Tools:
     # Git
 
     async def git_status(self, workspace: Name) -> dict[str, Any]:
-        """Tell what git knows of a project: branch, changed files, and commits that are on no remote."""
+        """Show the branch, changed files, and how many commits are on no remote (`unpushed`)."""
         return await self._call('GET', path_of(workspace, 'git'))
 
     async def git_diff(
             self, workspace: Name,
-            base: said(str | None, 'Commit to compare with; the last one otherwise.') = None,
+            base: said(str | None, 'Commit or branch to compare with; default: the last commit.') = None,
             path: said(str | None, 'Only this file or folder.') = None) -> str:
-        """Show as a patch what has changed in a project, new files included."""
-
-        def work(remote):
-            with remote.open('GET', path_of(workspace, 'git', 'diff'), query={'base': base, 'path': path},
-                             headers={'Accept': 'text/plain'}) as answer:
-                return capped(answer.read().decode('utf-8', 'replace'))
-        return await self._talk(work)
+        """Show a patch from `base` to the files as they are, new ones included. To see commits that were made
+        since, give the commit before them."""
+        return capped(await self._text(path_of(workspace, 'git', 'diff'), {'base': base, 'path': path}))
 
     # Tasks of agents
 
     async def start_task(
             self, workspace: Name, task: said(str, 'What the agent is to do, in words.'),
-            session: said(str | None, 'Session to go on with; a new one otherwise.') = None) -> Task:
-        """Give a coding agent in a workspace a task. It works by itself; wait_for_task waits for its end."""
+            session: said(str | None, 'Earlier session to go on with, keeping its context; omit for a new '
+                          'one. Fails while that is still at work.') = None) -> Task:
+        """Start a coding agent inside a workspace on a task, and return its session at once. It edits files
+        and runs commands without asking. read_transcript follows it, wait_for_task waits, cancel_task ends
+        it."""
         begun = await self._call('POST', '/api/agent/execute',
                                  without_none({'workspaceId': workspace, 'task': task, 'sessionId': session}))
         return Task(begun['sessionId'], 'running')
 
+    async def list_tasks(self, workspace: Name) -> list[Task]:
+        """List the sessions of agents in a workspace, with the state of the last task of each."""
+        found = await self._call('GET', '/api/agent/sessions', query={'workspaceId': workspace})
+        return [Task(item['id'], item['state'], title=item['title']) for item in found]
+
     async def wait_for_task(
             self, ctx: Context, session: SessionId,
-            timeout: said(float, 'Seconds to wait.', gt=0, le=3600) = 300) -> Task:
-        """Wait for the end of a task, and return its result. A state of running means that it still works."""
+            timeout: said(float, 'Seconds to wait at most.', gt=0, le=3600) = 50) -> Task:
+        """Wait for the end of a task, and return its state and result. If it is still running nothing is
+        cancelled: call again, or see its progress with read_transcript."""
+        path = f'/api/agent/sessions/{quoted(session)}'
+
         def work(remote):
-            report = progress_to(ctx)
-            for event in remote.events(f'/agent/sse/{quoted(session)}') if is_open(remote, session) else ():
+            report, is_open = progress_to(ctx), remote.call('GET', path)['state'] in OPEN
+            for event in remote.events(f'/agent/sse/{quoted(session)}') if is_open else ():
                 if event['type'] == 'progress':
                     report(event['data'])
-                elif event['type'] in ('result', 'error') and not is_open(remote, session):
+                elif event['type'] in ('result', 'error') and remote.call('GET', path)['state'] not in OPEN:
                     return
         with anyio.move_on_after(timeout):
             await self._talk(work)
-        found = await self._call('GET', f'/api/agent/sessions/{quoted(session)}')
+        found = await self._call('GET', path)
         last = found['runs'][-1]
         return Task(session, found['state'], last.get('result') or '', last.get('error') or '')
 
     async def read_transcript(
             self, session: SessionId,
-            after: said(str | None, 'The `next` of the last answer.') = None) -> Transcript:
-        """Read what an agent said and did in a session, from the beginning on."""
-        found = await self._call('GET', f'/api/agent/sessions/{quoted(session)}/events',
-                                 query={'after': after, 'limit': 200})
-        return Transcript([line_of(event) for event in found['events']], found['next'])
+            after: said(str | None, 'The `next` of the last answer, for what is new.') = None) -> Transcript:
+        """Read what an agent said and did, oldest first, 200 lines at a time; also while it works."""
+        path = f'/api/agent/sessions/{quoted(session)}'
+
+        def work(remote):
+            state = remote.call('GET', path)['state']
+            found = remote.call('GET', f'{path}/events', query={'after': after, 'limit': 200})
+            events = found['events']
+            return Transcript([line_of(event) for event in events], state,
+                              events[-1]['id'] if events else after, found['next'] is not None)
+        return await self._talk(work)
 
     async def cancel_task(self, session: SessionId) -> Task:
-        """Cancel the task of a session. What the agent has done so far stays."""
+        """Cancel the task of a session, with all it runs; it ends within seconds. Its changes stay."""
         found = await self._call('POST', f'/api/agent/sessions/{quoted(session)}/cancel')
         return Task(session, found['state'])
 
@@ -429,50 +386,28 @@ class Tools:
 
     async def log_resource(self, workspace: str) -> str:
         """The log of a workspace."""
-        return await self.read_log(workspace, 1000)
+        return await self.read_workspace_log(workspace, 1000)
 
     async def transcript_resource(self, session: str) -> str:
-        """What an agent said and did in a session."""
-        lines, after = [], None
-        while True:
-            found = await self.read_transcript(session, after)
-            lines, after = lines + found.lines, found.next
-            if after is None:
-                return '\n'.join(lines)
+        """What an agent said and did in a session, its first 9,999 lines."""
+        told = await self._call('GET', f'/api/agent/sessions/{quoted(session)}/events', query={'limit': 9999})
+        return '\n'.join(map(line_of, told['events']))
 
 
 TOOLS = {
-    'list_workspaces': READS, 'list_templates': READS, 'create_workspace': CHANGES, 'show_workspace': READS,
-    'start_workspace': AGAIN, 'stop_workspace': AGAIN, 'delete_workspace': DESTROYS, 'read_log': READS,
-    'run_command': RUNS, 'start_command': RUNS, 'read_command': READS, 'stop_command': DESTROYS,
-    'list_files': READS, 'read_file': READS, 'write_file': DESTROYS, 'edit_file': CHANGES,
-    'search_files': READS, 'git_status': READS, 'git_diff': READS, 'start_task': RUNS,
-    'wait_for_task': READS, 'read_transcript': READS, 'cancel_task': DESTROYS,
+    READS: ('list_workspaces', 'list_templates', 'show_workspace', 'read_workspace_log', 'list_commands',
+            'read_command', 'list_files', 'read_file', 'search_files', 'git_status', 'git_diff', 'list_tasks',
+            'wait_for_task', 'read_transcript'),
+    ADDS: ('create_workspace',), AGAIN: ('start_workspace',),
+    RUNS: ('run_command', 'start_command', 'start_task'), DESTROYS: (
+        'stop_workspace', 'delete_workspace', 'stop_command', 'write_file', 'edit_file', 'cancel_task'),
 }
 OF_ALL = ('list_workspaces', 'list_templates', 'create_workspace', 'delete_workspace')  # not for the confined
-
-
-def workspace_of(found):
-    """Return a workspace of the API as the tools show it."""
-    return Workspace(
-        found['name'], found['id'], found['status'], found['type'], found['template'], found['ports'],
-        found.get('codeServerUrl'), found.get('codeServerPassword'), found.get('sshCommand'),
-        found.get('gitUrl'), found.get('expiresAt'), found.get('error'), found.get('warnings') or [])
 
 
 def without_none(body):
     """Return a body without what is not given."""
     return {key: value for key, value in body.items() if value is not None}
-
-
-def capped(text, encoding='utf-8'):
-    """Return a text, or of a long one the beginning and the end."""
-    if encoding == 'base64':
-        return 'It is no text; base64 of it can be printed by a command.' if text else ''
-    if len(text) <= MAX_TEXT:
-        return text
-    third = MAX_TEXT // 3
-    return f'{text[:third]}\n[... {len(text) - 3 * third} characters left out ...]\n{text[-2 * third:]}'
 
 
 def progress_to(ctx):
@@ -484,26 +419,15 @@ def progress_to(ctx):
     return report
 
 
-def is_open(remote, session):
-    """Tell whether a task of a session is still at work."""
-    state = remote.call('GET', f'/api/agent/sessions/{quoted(session)}')['state']
-    return state in ('starting', 'running', 'cancelling')
-
-
-def line_of(event):
-    """Return an event of a session as a line."""
-    data = event['data']
-    words = ' '.join(str(data[key]) for key in ('tool', 'message', 'status') if data.get(key))
-    return f"{event['type']}: {words}"[:2000]
-
-
 def make_server(remote, only=None, *, read_only=False):
     """Return the MCPServer with the tools that a client may have."""
     tools = Tools(remote, only)
     server = MCPServer('agentbackend', instructions=INSTRUCTIONS, version=VERSION, log_level='WARNING')
-    for name, annotations in TOOLS.items():
-        if not (only and name in OF_ALL) and (annotations is READS or not read_only):
-            server.tool(annotations=annotations)(tools.confined(getattr(tools, name)))
+    for kind, name in [(kind, name) for kind, names in TOOLS.items() for name in names]:
+        if not (only and name in OF_ALL) and (kind == READS or not read_only):
+            tool = getattr(tools, name)
+            server.tool(annotations=ToolAnnotations(**HINTS[kind]), description=inspect.getdoc(tool))(
+                tools.confined(tool))
     for uri, name, resource in (('workspaces/{workspace}/log', 'log', tools.log_resource),
                                 ('sessions/{session}/transcript', 'transcript', tools.transcript_resource)):
         server.resource(f'agentbackend://{uri}', name=name, mime_type='text/plain')(tools.confined(resource))
@@ -524,8 +448,7 @@ def guarded(app, token):
 
 
 def serve(remote, *, token=None, port=None, workspace=None, read_only=False):
-    """Serve over stdio, or over HTTP on a port of loopback, until the client leaves. Raises RemoteError when
-    the API can't be reached."""
+    """Serve over stdio, or HTTP on a port of loopback. Raises RemoteError when the API can't be reached."""
     remote.call('GET', path_of(workspace) if workspace else '/api/workspaces')
     server = make_server(remote, workspace, read_only=read_only)
     if port is None:

@@ -1,12 +1,14 @@
 """The API as a program calls it over HTTP. It knows nothing of the server but its address and its token.
 
 The standard library's `http.client` does it: what else there is costs a command four times as long to import.
+Even that, a third of what a command imports, comes only with the first call: one that runs over a WebSocket
+makes none.
 """
 import contextlib
-import http.client
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -75,6 +77,7 @@ class Remote:
         A `body` that is a dict is sent as JSON, any other is an iterable of bytes. Raises RemoteError for
         what is refused, Unreachable where nobody answers or the connection breaks.
         """
+        import http.client
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=CONNECT_TIMEOUT)
         headers = {'Accept': 'application/json', **self._headers(), **(headers or {})}
@@ -198,7 +201,7 @@ class Remote:
     def _reaching(self):
         try:
             yield
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, *http_errors()) as error:
             raise Unreachable(self._away(error)) from error
 
     def _away(self, error):
@@ -230,6 +233,12 @@ class Remote:
         return Unreachable(f'What answers at {self.url} is no Agent Backend; is the address right?')
 
 
+def http_errors():
+    """Return the errors of http.client, if it was needed."""
+    module = sys.modules.get('http.client')
+    return (module.HTTPException,) if module else ()
+
+
 class Answer:
     """An answer whose reading raises Unreachable where the connection breaks."""
 
@@ -256,7 +265,7 @@ class Answer:
             with self._reaching():
                 data = self._response.read1(PIECE)
                 if not data and left:
-                    raise http.client.IncompleteRead(b'', left)
+                    raise OSError(f'{left} bytes of the answer did not come')
             if not data:
                 return
             left = left and left - len(data)
@@ -271,6 +280,12 @@ def quoted(name):
 def path_of(workspace, *rest):
     """Return the path of a workspace's call."""
     return '/'.join(['/api/workspaces', quoted(workspace), *rest])
+
+
+def amount(size):
+    """Return bytes for people."""
+    unit = next(unit for unit in (10**9, 10**6, 1000, 1) if size >= unit or unit == 1)
+    return f"{size / unit:.{1 if unit > 1000 else 0}f} {({1: 'B', 1000: 'kB', 10**6: 'MB'}).get(unit, 'GB')}"
 
 
 def messages(answer):

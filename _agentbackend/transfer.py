@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from _agentbackend.remote import PIECE, RemoteError, files_path
+from _agentbackend.remote import PIECE, RemoteError, amount, files_path
 
 
 def is_folder(remote, workspace, path):
@@ -87,12 +87,6 @@ class Counter:
         """Return how many, and how fast."""
         seconds = time.monotonic() - self._begun
         return f'{amount(self.size)} in {seconds:.0f} s, {amount(self.size / max(seconds, 0.001))}/s'
-
-
-def amount(size):
-    """Return bytes for people."""
-    unit = next(unit for unit in (10**9, 10**6, 1000, 1) if size >= unit or unit == 1)
-    return f"{size / unit:.{1 if unit > 1000 else 0}f} {({1: 'B', 1000: 'kB', 10**6: 'MB'}).get(unit, 'GB')}"
 
 
 def read_file(path):

@@ -25,6 +25,8 @@ from agents import restarted, running, seconds_until, served_agents, shell
 from conftest import ROOT
 
 PROGRAM = str(Path(sys.executable).with_name('agentbackend'))
+# Whoever runs the tests in the background may have told all below it to ignore ^C.
+MINDFUL = ['env', '--default-signal=INT', PROGRAM]
 VERBS = ('cancel', 'completion', 'cp', 'create', 'diff', 'events', 'exec', 'follow', 'health', 'logs', 'ls',
          'mcp', 'open', 'output', 'restart', 'rm', 'run', 'serve', 'sessions', 'shell', 'show', 'start',
          'stop', 'templates')
@@ -60,7 +62,7 @@ def printed(server, *words, **options):
 @contextlib.contextmanager
 def begun(server, *words, **options):
     """Begin it, with pipes for its outputs."""
-    process = subprocess.Popen([PROGRAM, *words], env=environment(server), stdout=subprocess.PIPE,
+    process = subprocess.Popen([*MINDFUL, *words], env=environment(server), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, **{'stdin': subprocess.DEVNULL, **options})
     try:
         yield process
@@ -85,7 +87,7 @@ def test_it_imports_nothing_of_the_server():
             "print(*sorted(name for name in sys.modules if name.split('.')[0] in ('gevent', 'docker', "
             "'bottle', 'jsonschema', 'websocket', 'agentbackend', '_agentbackend', 'mcp')))")
     assert subprocess.check_output([sys.executable, '-c', text], cwd=ROOT, text=True).split() == [
-        '_agentbackend', *(f'_agentbackend.{name}' for name in ('cli', 'console', 'remote', 'transfer'))]
+        '_agentbackend', *(f'_agentbackend.{name}' for name in ('cli', 'console', 'remote'))]
 
 
 @pytest.mark.parametrize('verb', VERBS)
@@ -262,7 +264,7 @@ class Child(pexpect.fdpexpect.fdspawn):
         master, slave = pty.openpty()
         super().__init__(master, timeout=30)
         self.resize(*size)
-        self.process = subprocess.Popen(['setsid', '--ctty', '--wait', PROGRAM, *words], stdin=slave,
+        self.process = subprocess.Popen(['setsid', '--ctty', '--wait', *MINDFUL, *words], stdin=slave,
                                         stdout=slave, stderr=slave, env=environment(server))
         os.close(slave)
 

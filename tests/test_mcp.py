@@ -19,10 +19,10 @@ from helpers import free_port
 
 PROGRAM = str(Path(sys.executable).with_name('agentbackend'))
 CLIENT = Path(__file__).parent / 'clients' / 'mcp_client.py'
-CONFINED = {'show_workspace', 'start_workspace', 'stop_workspace', 'read_log', 'run_command',
+CONFINED = {'show_workspace', 'start_workspace', 'stop_workspace', 'read_workspace_log', 'run_command',
             'start_command', 'read_command', 'stop_command', 'list_files', 'read_file', 'write_file',
             'edit_file', 'search_files', 'git_status', 'git_diff', 'start_task', 'wait_for_task',
-            'read_transcript', 'cancel_task'}
+            'read_transcript', 'cancel_task', 'list_commands', 'list_tasks'}
 EVERYTHING = CONFINED | {'list_workspaces', 'list_templates', 'create_workspace', 'delete_workspace'}
 
 
@@ -68,7 +68,7 @@ def test_each_tool_is_described_for_a_model_that_has_never_seen_it(server):
         assert len(tool['description']) > 30 and tool['outputSchema'], tool['name']
         assert set(tool['annotations']) >= {'readOnlyHint', 'openWorldHint'}
         for name, argument in tool['inputSchema'].get('properties', {}).items():
-            assert argument.get('description') or name in ('content',), (tool['name'], name)
+            assert argument.get('description') or name == 'content', (tool['name'], name)
     hints = {tool['name']: tool['annotations'] for tool in found['tools']}
     assert hints['read_file']['readOnlyHint'] and hints['delete_workspace']['destructiveHint']
     assert 'list_workspaces' in found['instructions']
@@ -100,7 +100,8 @@ def test_a_workspace_from_its_making_to_its_end(server):
                  ('list_workspaces', {}), ('list_templates', {}), ('stop_workspace', {'workspace': 'made'}),
                  ('start_workspace', {'workspace': 'made'}),
                  ('run_command', {'workspace': 'made', 'command': 'echo $COLOUR'}),
-                 ('read_log', {'workspace': 'made', 'tail': 5}), ('delete_workspace', {'workspace': 'made'}),
+                 ('read_workspace_log', {'workspace': 'made', 'tail': 5}),
+                 ('delete_workspace', {'workspace': 'made'}),
                  resources=[])
     assert not [item for item in found['results'] if item['error']], found['results']
     made, listed, templates, stopped, started, ran, log, deleted = (
@@ -133,7 +134,8 @@ def test_commands_say_what_is_missing(server):
         rest += first['output']
     assert rest == 'one\n' + ''.join(f'{number}\n' for number in range(1, 20001)) and first['exit_code'] == 5
     lasting = results(server, ('start_command', {**work, 'command': 'sleep 4201'}))[0]['exec_id']
-    results(server, ('stop_command', {**work, 'exec_id': lasting}))
+    listed = results(server, ('list_commands', work), ('stop_command', {**work, 'exec_id': lasting}))[0]
+    assert lasting in [item['exec_id'] for item in listed['result'] if item['command'] == 'sleep 4201']
     server.until(lambda: server.get(f'/api/workspaces/work/exec/{lasting}')['state'] == 'ended')
 
 
@@ -193,8 +195,10 @@ def test_a_task_is_given_watched_and_read(server, docker_client):
     assert any('done' in line for line in found['results'][1]['data']['lines'])
     assert 'done' in found['resources'][0] and 'logged' in found['resources'][1]
     lasting = results(server, ('start_task', {'workspace': 'work', 'task': 'sleep 4203'}))[0]['session']
-    waited, _ = results(server, ('wait_for_task', {'session': lasting, 'timeout': 1}),
-                        ('cancel_task', {'session': lasting}))
+    waited, listed, _ = results(server, ('wait_for_task', {'session': lasting, 'timeout': 1}),
+                                ('list_tasks', {'workspace': 'work'}),
+                                ('cancel_task', {'session': lasting}))
+    assert lasting in [item['session'] for item in listed['result'] if item['state'] == 'running']
     assert waited['state'] == 'running'
     server.until(lambda: server.get(f'/api/agent/sessions/{lasting}')['state'] == 'cancelled')
 

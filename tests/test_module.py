@@ -16,9 +16,9 @@ LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', '
           'engine', 'access', 'runs', 'execs', 'detached', 'terminals', 'files', 'gitstate', 'repeats',
           'images', 'views', 'pages', 'events', 'waits', 'logs', 'claim', 'probes', 'drafts', 'recipe',
           'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds', 'clients', 'server',
-          'remote', 'transfer', 'console', 'mcp', 'cli', DOOR)
+          'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli', DOOR)
 # They stand apart: clients over HTTP, each of which pays for what it imports only when it needs that.
-APART = {'remote', 'transfer', 'console', 'mcp', 'cli'}
+APART = {'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli'}
 HOMES = {  # foreign library -> the files that may use it
     'docker': {'dockerclient', 'engine', 'images'}, 'requests': {'dockerclient'}, 'urllib3': {'dockerclient'},
     'jsonschema': {'schemas'}, 'referencing': {'schemas'},
