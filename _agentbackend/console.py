@@ -82,11 +82,8 @@ class Talk:
 def fail(talk, error):
     """Print an error, and return the exit code that stands for it."""
     talk.clear()
-    about = [f"  {item['path']}: {item['message']}" for item in error.details
-             if 'message' in item and item.get('message') not in str(error)]
-    hint = HINTS.get(error.code)
-    lines = [f'agentbackend: {error}', *about, *([f'  {hint}'.replace('%s', talk.url)] if hint else [])]
-    click.echo('\n'.join(lines), err=True)
+    hint = HINTS.get(error.code, '').replace('%s', talk.url)
+    click.echo('\n  '.join([f'agentbackend: {error}', *error.about, *filter(None, [hint])]), err=True)
     if isinstance(error, Unreachable):
         return UNREACHABLE
     if error.code.endswith('_NOT_FOUND'):

@@ -12,6 +12,7 @@ import gevent.pool
 from _agentbackend.drafts import CREDENTIALS, KEY, MAX_ENV
 from _agentbackend.engine import PREFIX
 from _agentbackend.errors import (
+    BackendError,
     DockerError,
     EngineUnavailable,
     InstanceTaken,
@@ -123,8 +124,8 @@ class Keeper:
         try:
             return self._templates.image(name, lambda line: None, gevent.event.Event())
         except (UnreadableTemplate, ValidationError) as error:
-            log.error('Template %s can not be built: %s', name, error)
-        except DockerError:
+            log.error('Template %s cannot be built: %s', name, error)
+        except BackendError:
             return None  # the build has told
 
     def reconcile(self):

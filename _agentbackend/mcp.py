@@ -52,7 +52,7 @@ from _agentbackend.transfer import is_folder
 
 INSTRUCTIONS = '''Workspaces are Linux containers with git and the tools of a template, in which you run \
 commands and edit files. Start with list_workspaces; to make a new one, list_templates, then \
-create_workspace. A workspace is named by its name or id. Its project is the folder /workspace/NAME, into \
+create_workspace. A workspace is named by its name or id. Its project is the folder $PROJECT_DIR, into \
 which a repository is cloned directly; paths and cwd are relative to it unless they begin with a slash. \
 Commands and tasks need a running workspace; files can be read and written in a stopped one too. Delete \
 files with run_command. Deletion is permanent.'''
@@ -78,9 +78,7 @@ class Tools:
         try:
             return await anyio.to_thread.run_sync(work, remote, *args, abandon_on_cancel=True)
         except RemoteError as error:
-            about = [f"{item['path']}: {item['message']}" for item in error.details
-                     if 'message' in item and item['message'] not in str(error)]
-            raise ToolError('; '.join([str(error), *about])) from error
+            raise ToolError('; '.join([str(error), *error.about])) from error
         finally:
             remote.cut()
 
@@ -97,14 +95,12 @@ class Tools:
         """Return a tool that refuses what belongs to another workspace than the one it is confined to."""
         @functools.wraps(tool)
         async def checked(*args, **options):
-            wanted = options.get('workspace')
-            if 'session' in options and options['session'] is not None:
+            wanted, only = [options.get('workspace')], await self._call('GET', path_of(self._only))
+            if options.get('session') is not None:
                 found = await self._call('GET', f"/api/agent/sessions/{quoted(options['session'])}")
-                wanted = found['workspaceId']
-            if wanted is not None:
-                only = await self._call('GET', path_of(self._only))
-                if wanted not in (only['id'], only['name']):
-                    raise ToolError(f"This server is confined to the workspace {only['name']}.")
+                wanted.append(found['workspaceId'])
+            if any(name not in (None, only['id'], only['name']) for name in wanted):
+                raise ToolError(f"This server is confined to the workspace {only['name']}.")
             return await tool(*args, **options)
         return checked if self._only else tool
 
@@ -169,7 +165,7 @@ class Tools:
         return f"{(await self._call('DELETE', path_of(workspace)))['name']} is deleted."
 
     async def read_workspace_log(self, workspace: Name,
-                       tail: said(int, 'How many lines.', ge=1, le=1000) = 100) -> str:
+                                 tail: said(int, 'How many lines.', ge=1, le=1000) = 100) -> str:
         """Read the last lines of a workspace's own log (set-up, editor, SSH), also of one that failed. For
         log files use read_file, for what a command prints read_command."""
         return await self._text(path_of(workspace, 'logs'), {'tail': tail})

@@ -32,6 +32,12 @@ class RemoteError(Exception):
         self.code = code
         self.details = details or ()
 
+    @property
+    def about(self):
+        """What is wrong, field by field, where the text does not say it."""
+        return [f"{item['path']}: {item['message']}" for item in self.details
+                if 'message' in item and item['message'] not in str(self)]
+
 
 class Unreachable(RemoteError):
     """No server of ours answers there."""

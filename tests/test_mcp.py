@@ -91,8 +91,11 @@ def test_a_confined_client_reaches_one_workspace(server):
     assert 'confined to the workspace work' in found['results'][0]['text']
     session = json.loads(subprocess.check_output(
         [PROGRAM, '--url', url_of(server), 'run', '-d', '--json', 'other', 'true']))['sessionId']
-    assert 'confined' in refusals(server, ('read_transcript', {'session': session}),
-                                  options=['--workspace', 'work'])[0]
+    task = {'workspace': 'work', 'task': 'true'}
+    mine = results(server, ('start_task', task))[0]['session']
+    assert all('confined' in text for text in refusals(
+        server, ('read_transcript', {'session': session}), ('start_task', {**task, 'session': session}),
+        ('start_task', {**task, 'workspace': 'other', 'session': mine}), options=['--workspace', 'work']))
 
 
 def test_a_workspace_from_its_making_to_its_end(server):
