@@ -40,8 +40,9 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     access       where the files of a workspace are reached
     activity     what keeps workspaces alive just now
     state        workspaces and sessions in one locked dict each, mirrored to a file
+    mirror       what keeps that file in step with them
+    store        the file: SQLite, a row per record, in a thread of its own
     records      what is known of a workspace, a run and a session
-    store        that file: SQLite, a row per record, in a thread of its own
     config       the settings, read once from the environment
     schemas      JSON Schema files and the errors they find
     positions    every id of an event: where a reader is

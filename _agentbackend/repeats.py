@@ -1,14 +1,17 @@
 """Requests that are sent again: what bears the same Idempotency-Key is done once, and answered alike."""
 import hashlib
+import json
 import logging
 import re
 import time
 
 from _agentbackend.errors import IdempotencyConflict, KeyReused, refusal
+from _agentbackend.store import ANSWER
 
 log = logging.getLogger('agentbackend')
 
 KEPT_FOR = 86400  # seconds
+MAX_ANSWER = 65536  # bytes of one that is kept
 KEY = re.compile(r'[!-~]{1,255}')
 STREAMED = ('The first answer to this Idempotency-Key was a stream, or too long to be kept. What it began is '
             'not begun again{where}.')
@@ -34,16 +37,32 @@ class Repeats:
                                       headers={'Retry-After': '1'})
         self._at_work.add(key)
         try:
-            known, print_ = self._state.answer(key), hashlib.sha256(request).hexdigest()
+            known, print_ = self._kept(key), hashlib.sha256(request).hexdigest()
             if known is not None and known['at'] > time.time() - KEPT_FOR:
                 return self._replayed(known, print_)
             status, headers, data = make()
             if status < 300:
-                self._state.keep_answer(key, {'at': time.time(), 'print': print_, 'status': status,
-                                              'headers': headers, 'data': data})
+                self._keep(key, {'at': time.time(), 'print': print_, 'status': status,
+                                 'headers': headers, 'data': data})
             return status, headers, data
         finally:
             self._at_work.discard(key)
+
+    def _kept(self, key):
+        store = self._state.store
+        return next(iter(store.read(ANSWER, key)), None) if store else None
+
+    def _keep(self, key, answer):
+        """Keep an answer, and no more those of more than a day ago. A disk that refuses is no reason to say
+        that the request has failed."""
+        try:
+            if self._state.store:
+                text = json.dumps(answer)
+                text = text if len(text) <= MAX_ANSWER else json.dumps({**answer, 'data': None})
+                self._state.store.write([('answers before', (answer['at'] - KEPT_FOR,), None),
+                                         ('answer', (key,), (answer['at'], text))])
+        except Exception as error:
+            log.warning('An answer could not be kept for its Idempotency-Key: %s', error)
 
     @staticmethod
     def _replayed(known, print_):

@@ -2,28 +2,21 @@
 file."""
 import dataclasses
 import json
-import logging
 import secrets
 import string
-import threading
 import time
 import uuid
-from pathlib import Path
-
-import gevent
-import gevent.event
 
 from _agentbackend.errors import (
-    ConfigError,
     PortExhausted,
     SessionBusy,
     SessionNotFound,
-    StateNotWritten,
     Superseded,
     TooMany,
     WorkspaceAlreadyExists,
     WorkspaceNotFound,
 )
+from _agentbackend.mirror import Mirror
 from _agentbackend.records import (
     AGENT,
     DELETING,
@@ -35,25 +28,18 @@ from _agentbackend.records import (
     encode_record,
     record_of,
 )
-from _agentbackend.store import ANSWER, BEGUN, OUTDATED, RUNS, DamagedFile, NewerFile, Store
+from _agentbackend.store import BEGUN, OUTDATED, RUNS
 from _agentbackend.timing import boot_id, clock_offset
-
-log = logging.getLogger('agentbackend')
 
 PORT_KINDS = {'codeServer': 'CODE_SERVER_PORTS', 'ssh': 'SSH_PORTS', 'custom': 'CUSTOM_PORTS'}
 ID_LETTERS = string.ascii_lowercase + string.digits
-ANSWERS_KEPT_FOR = 86400  # seconds
-MAX_ANSWER = 65536  # bytes of one that is kept
-RETRY_PAUSE = 1  # seconds until a write that failed is tried again
 CLOCK_STEP = 2  # seconds by which a clock has to jump to count as set anew
-JSON_VERSION = 1  # of the file that earlier versions kept
-RENAMED = {'born': 'ever_ran'}  # fields that it has under another name
 EVENTS_KEPT = 1000  # of each workspace's own
 # By which the numbers of events go on at a start: what was told at the last may not have been written.
 EVENTS_GAP = 1000
 
 
-class State:
+class State(Mirror):
     """Workspaces with their ports, and sessions, in one locked dict each, mirrored to a SQLite file.
 
     The dicts are the truth while the server runs. Of the runs they hold the last of each session and those
@@ -63,65 +49,17 @@ class State:
     """
 
     def __init__(self, path, ranges):
-        self.path = Path(path) if path else None
+        super().__init__(path)
         self.ranges = ranges  # kind of PORT_KINDS -> (first, last)
         # Of the file, so that one server can be told from another of the same instance.
         self.id = secrets.token_hex(16)
-        self.failure = ''  # why the last write failed
-        # Protects the dicts, _dirty and _version. Nothing that can block is done under it: no file, no
-        # engine, no event.
-        self._lock = threading.RLock()
         self._workspaces = {}
         self._sessions = {}
         self._open_runs = {}  # (session id, number) -> Run: at work, unswept, or not in the file yet
         # Workspace id -> {number: [workspace id, number, type, seconds, data]} of its own last events.
         self._events = {}
         self._told = {}  # workspace id -> number of its last event
-        self._dirty = {}  # (kind, *key) -> whether the record is to be dropped; in the order of the changes
-        self._version = self._saved = 0
-        self._changed = gevent.event.Event()
-        self._written = gevent.event.Event()  # set and replaced after each attempt
-        self._store = self._writer = None
         self._offset = clock_offset()
-
-    @property
-    def opened(self):
-        """Whether the file was read, and is being written."""
-        return self._writer is not None
-
-    def open(self):
-        """Read the file and begin to mirror to it. A damaged file is put aside, and the engine's labels tell
-        the rest.
-
-        Raises ConfigError for a file of a newer version, which is left as it is, and OSError for a folder
-        that cannot be used.
-        """
-        if not self.path:
-            return
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._store = Store(self.path)
-        try:
-            self._load(self._store.open())
-        except NewerFile as error:
-            raise ConfigError(self._newer(self.path)) from error
-        except (DamagedFile, ValueError, TypeError, KeyError) as error:
-            self._store.close()
-            self._tell_damage(self.path, error, self._store.set_aside('damaged', int(time.time())))
-            self._load(self._store.open())
-        self._take_over(self.path.with_suffix('.json'))
-        self._writer = gevent.spawn(self._write_for_ever)
-
-    def close(self):
-        """Write what is not yet written, and stop."""
-        if self._writer is None:
-            return
-        while self._saved < self._version and self.try_flush():
-            pass  # the write at work in its thread must not meet another one
-        self._writer.kill()
-        self._writer = None
-        self._write()
-        self._wake()
-        self._store.close()
 
     def get(self, id_or_name):
         """Return a copy of the workspace with this id or name; raise WorkspaceNotFound."""
@@ -390,39 +328,6 @@ class State:
         return {kind: (sum(first <= port <= last for port in ports), last - first + 1)
                 for kind, (first, last) in self.ranges.items()}
 
-    def answer(self, key):
-        """Return what is kept of the answer to a request with that key, or None."""
-        return next(iter(self._store.read(ANSWER, key)), None) if self._store else None
-
-    def keep_answer(self, key, answer):
-        """Keep the answer to a request; those of more than a day ago are dropped. A disk that refuses is no
-        reason to say that the request has failed."""
-        try:
-            if self._store:
-                text = json.dumps(answer)
-                text = text if len(text) <= MAX_ANSWER else json.dumps({**answer, 'data': None})
-                self._store.write([('answers before', (answer['at'] - ANSWERS_KEPT_FOR,), None),
-                                   ('answer', (key,), (answer['at'], text))])
-        except Exception as error:
-            log.warning('An answer could not be kept for its Idempotency-Key: %s', error)
-
-    def flush(self):
-        """Wait until the file holds everything up to now; raise StateNotWritten when that fails."""
-        if not self.try_flush():
-            raise StateNotWritten(f'The change could not be written to {self.path} ({self.failure}). It is '
-                                  'tried again each second, and '
-                                  'lost if the server ends before that: make room, or see to the disk.',
-                                  headers={'Retry-After': '5'})
-
-    def try_flush(self):
-        """Wait until the file holds everything up to now; return False when the attempt failed."""
-        target = self._version
-        while self._writer and self._saved < target:
-            self._written.wait()
-            if self.failure and self._saved < target:
-                return False
-        return True
-
     # Records
 
     def _find(self, id_or_name):
@@ -434,7 +339,7 @@ class State:
         return found
 
     def _refuse_taken(self, name, taken_names):
-        if name in taken_names or any(item.name == name for item in self._workspaces.values()):
+        if name in taken_names or any(name in (item.name, item.id) for item in self._workspaces.values()):
             raise WorkspaceAlreadyExists(f'A workspace named {name!r} exists already; choose another name or '
                                          'delete that one.')
 
@@ -496,7 +401,7 @@ class State:
             return list(self._open_runs.values())
 
     def _read(self, query, *parameters):
-        rows = self._store.read(query, *parameters) if self._store else ()
+        rows = self.store.read(query, *parameters) if self.store else ()
         return [record_of(Run, values) for values in rows]
 
     # The file
@@ -528,31 +433,14 @@ class State:
         if boot == boot_id():
             self._offset = offset
 
-    def _take_over(self, path):
-        """Take over the JSON file of earlier versions, once."""
-        if not path.is_file():
-            return
-        try:
-            document = json.loads(path.read_bytes())
-            if document['version'] > JSON_VERSION:
-                raise ConfigError(self._newer(path))
-            workspaces = [record_of(Workspace, {RENAMED.get(key, key): value for key, value in item.items()})
-                          for item in document['workspaces']]
-            sessions = [(record_of(Session, {key: value for key, value in item.items() if key != 'runs'}),
-                         [record_of(Run, run) for run in item['runs']])
-                         for item in document.get('sessions', ())]
-            aside = path.with_suffix('.json.taken-over')
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            workspaces, sessions, aside = [], [], path.with_suffix(f'.damaged-{int(time.time())}')
-            self._tell_damage(path, error, aside)
+    def _take_over(self, workspaces, sessions):
+        """Take what the file of earlier versions has, and this one has not."""
         with self._lock:
             for workspace in workspaces:
                 self._workspaces.setdefault(workspace.id, workspace)
                 self._touch('workspace', workspace.id)
             for session, runs in sessions:
                 self._take_over_session(session, runs)
-        self._write(must=True)
-        path.rename(aside)
 
     def _take_over_session(self, session, runs):
         workspace = self._workspaces.get(session.workspace_id)
@@ -564,100 +452,19 @@ class State:
                                       serial=workspace.runs_begun)
             session = self._put_run(dataclasses.replace(session, count=run.number), run)
 
-    @staticmethod
-    def _newer(path):
-        return (f'The state file {path} was written by a newer version of Agent Backend, and is left as it '
-                'is: run that version, or name another STATE_DIR.')
-
-    @staticmethod
-    def _tell_damage(path, error, aside):
-        log.error('The state file %s is damaged (%s); it is kept as %s, and what the engine knows is '
-                  'adopted.', path, error, aside)
-
-    def _take_back(self, session_ids):
-        """Note no more that sessions and their runs have changed: they are no more."""
-        self._dirty = {other: value for other, value in self._dirty.items()
-                       if other[0] not in ('session', 'run') or other[1] not in session_ids}
-
-    def _touch(self, kind, *key, drop=False):
-        """Note a change of a record, or its end; that of a session takes its runs along."""
-        self._dirty.pop((kind, *key), None)
-        self._dirty[(kind, *key)] = drop
-        self._version += 1
-        self._changed.set()
-
-    def _write_for_ever(self):
-        while True:
-            self._changed.wait()
-            try:
-                self._write()
-            except Exception as error:  # whatever it is, what comes later is to be written
-                self._tell_failure(repr(error))
-                log.exception('Writing the state failed; trying again.')
-                self._changed.set()
-            self._wake()
-            if self.failure:
-                gevent.sleep(RETRY_PAUSE)
-
-    def _wake(self):
-        done, self._written = self._written, gevent.event.Event()
-        done.set()
-
-    def _write(self, must=False):
-        """Write what has changed since the last time, a row per record; what fails is put back."""
-        self._changed.clear()
-        with self._lock:
-            version, dirty, self._dirty = self._version, self._dirty, {}
-            rows, refused = self._rows(dirty)
-        try:
-            # A disk may take its time; in a thread, other greenlets go on meanwhile.
-            self._store.write([*rows, ('meta', ('clock',), (json.dumps([boot_id(), self._offset]),))])
-        except Exception as error:
-            if must:
-                raise OSError(0, str(error)) from error
-            self._tell_failure(str(error) or type(error).__name__)
-            with self._lock:
-                newer, self._dirty = self._dirty, dirty
-                self._take_back({key[1] for key, drop in newer.items() if key[0] == 'session' and drop})
-                for (kind, *key), drop in newer.items():
-                    self._touch(kind, *key, drop=drop)
-                self._changed.set()
-            return
-        if self.failure and not refused:
-            log.warning('The state file %s can be written again.', self.path)
-        self.failure, self._saved = refused, version
-        with self._lock:
-            self._open_runs = {key: run for key, run in self._open_runs.items()
-                               if run.state == RUNNING or run.unswept or ('run', *key) in self._dirty}
-
-    def _tell_failure(self, failure):
-        if failure != self.failure:
-            log.error('The state file %s could not be written (%s); it is tried again each second.',
-                      self.path, failure)
-        self.failure = failure
-
-    def _rows(self, dirty):
-        """Return (rows for the store, '' or why some are left out): one record that can't be written keeps no
-        other from the file."""
-        rows, refused = [], ''
-        for (kind, *key), drop in dirty.items():
-            try:
-                values = None if drop or (kind == 'event' and key[1] not in self._events.get(key[0], ())) \
-                    else self._values(kind, key)
-            except Exception as error:
-                refused = f'{kind} {key[0]}: {error!r}'
-                log.exception('The record of %s %s can not be written.', kind, key)
-                continue
-            rows.append((kind, tuple(key), values))
-        return rows, refused
+    def _settle(self):
+        """Let go of the runs that the file holds by now."""
+        self._open_runs = {key: run for key, run in self._open_runs.items()
+                           if run.state == RUNNING or run.unswept or ('run', *key) in self._dirty}
 
     def _values(self, kind, key):
         if kind == 'meta':
-            return json.dumps(self.id),
+            return json.dumps([boot_id(), self._offset] if key == ['clock'] else self.id),
         if kind == 'workspace':
             return encode_record(self._workspaces[key[0]]),
         if kind == 'event':
-            return json.dumps(self._events[key[0]][key[1]]),
+            event = self._events.get(key[0], {}).get(key[1])
+            return event and (json.dumps(event),)
         if kind == 'session':
             return encode_record(self._sessions[key[0]], without='last'),
         run = self._open_runs[tuple(key)]

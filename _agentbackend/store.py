@@ -4,8 +4,11 @@ import json
 import os
 import re
 import sqlite3
+import time
 
 import gevent.threadpool
+
+from _agentbackend.records import Run, Session, Workspace, record_of
 
 VERSION = 1  # of the file's format
 TABLES = """
@@ -53,6 +56,8 @@ SELECT record FROM (SELECT record FROM runs WHERE ended_at IS NOT NULL AND NOT o
     ORDER BY ended_at DESC LIMIT -1 OFFSET ?)
 UNION SELECT record FROM runs WHERE ended_at < ? AND NOT open LIMIT 500
 """
+JSON_VERSION = 1  # of the file that earlier versions kept
+RENAMED = {'born': 'ever_ran'}  # fields that it has under another name
 FOREIGN = re.compile('no such|already exists')  # what SQLite says of a file with other tables
 
 
@@ -113,9 +118,10 @@ class Store:
             raise error
         return result
 
-    def set_aside(self, word, moment):
-        """Rename the file and what SQLite keeps beside it; return its new name."""
-        aside = self.path.with_suffix(f'.{word}-{moment}')
+    def set_aside(self):
+        """Close the file and rename it, with what SQLite keeps beside it; return its new name."""
+        self.close()
+        aside = self.path.with_suffix(f'.damaged-{int(time.time())}')
         for end in ('-wal', '-shm', ''):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(f'{self.path}{end}', f'{aside}{end}')
@@ -187,3 +193,18 @@ class Store:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def read_json(path):
+    """Return the workspaces of the JSON file that earlier versions kept, and [(session, its runs)]; raise
+    NewerFile and DamagedFile."""
+    try:
+        document = json.loads(path.read_bytes())
+        if document['version'] > JSON_VERSION:
+            raise NewerFile
+        return ([record_of(Workspace, {RENAMED.get(key, key): value for key, value in item.items()})
+                 for item in document['workspaces']],
+                [(record_of(Session, {key: value for key, value in item.items() if key != 'runs'}),
+                  [record_of(Run, run) for run in item['runs']]) for item in document.get('sessions', ())])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFile(str(error)) from error

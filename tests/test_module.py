@@ -12,7 +12,7 @@ RULE = re.compile(r'# -{60,}')
 # From the ground up: each file knows only those before it. The docstring of the door is the same list, from
 # the top down.
 LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'sshkeys', 'wire',
-          'positions', 'schemas', 'config', 'records', 'store', 'state', 'activity', 'dockerclient',
+          'positions', 'schemas', 'config', 'records', 'store', 'mirror', 'state', 'activity', 'dockerclient',
           'engine', 'access', 'runs', 'execs', 'detached', 'terminals', 'files', 'gitstate', 'repeats',
           'images', 'views', 'pages', 'events', 'waits', 'logs', 'claim', 'probes', 'drafts', 'recipe',
           'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds', 'clients', 'server',

@@ -157,6 +157,8 @@ def test_a_taken_name_is_refused_and_nothing_is_kept(state):
     with pytest.raises(WorkspaceAlreadyExists, match="'a'") as caught:
         state.reserve(draft('a'))
     assert (caught.value.status, caught.value.code) == (409, 'WORKSPACE_ALREADY_EXISTS')
+    with pytest.raises(WorkspaceAlreadyExists):  # whose id it is would be found by it, and not this one
+        state.reserve(draft(name=state.all()[0].id))
     with pytest.raises(WorkspaceAlreadyExists):
         state.reserve(draft('b'), taken_names={'b'})
     assert [item.name for item in state.all()] == ['a'] and state.ports_in_use()['codeServer'][0] == 1
@@ -511,6 +513,14 @@ def test_a_damaged_json_file_is_put_aside_too(open_state, tmp_path, content, cap
     assert aside.read_text() == content and not path.exists()
 
 
+def test_two_damaged_files_are_both_kept(open_state, tmp_path):
+    make_damaged(tmp_path / 'folder' / 'state.sqlite', 'text')
+    old_file(tmp_path, '{')
+    texts = {path.read_bytes() for path in (tmp_path / 'folder').iterdir()}
+    open_state()
+    assert {path.read_bytes() for path in (tmp_path / 'folder').glob('*damaged-*[0-9]')} == texts
+
+
 def test_a_json_file_of_a_newer_version_is_refused(open_state, tmp_path):
     path = old_file(tmp_path, OLD | {'version': 2})
     with pytest.raises(ConfigError, match='newer version'):
@@ -585,6 +595,7 @@ def test_a_record_that_can_not_be_written_keeps_no_other_from_the_file(open_stat
         state.try_flush()
         assert kept(state.path)[good.id]['labels'] == {'a': 'b'} and bad.id in state.failure
         state.update(good.id, labels={}, flush=False)
+        assert state.try_flush() and bad.id in state.failure  # it is still not in the file
         state.update(bad.id, labels={}, flush=False)
         assert state.try_flush() and state.failure == ''
     assert 'can not be written' in caplog.text
@@ -593,13 +604,15 @@ def test_a_record_that_can_not_be_written_keeps_no_other_from_the_file(open_stat
 def test_the_writer_outlives_whatever_happens_to_it(open_state, monkeypatch):
     state, rows = open_state(), State._rows
     workspace = state.reserve(draft())
+    other = state.reserve(draft(name='other'))
     monkeypatch.setattr(State, '_rows', lambda self, dirty: 1 / 0)
-    with pytest.raises(StateNotWritten, match='ZeroDivision'):
+    with pytest.raises(StateNotWritten, match='division by zero'):
         state.update(workspace.id, status=RUNNING)
     monkeypatch.setattr(State, '_rows', rows)
-    state.update(workspace.id, error='later', flush=False)
+    state.update(other.id, error='later', flush=False)
     gevent.sleep(1.2)
-    assert state.try_flush() and kept(state.path)[workspace.id]['error'] == 'later'
+    assert state.try_flush() and kept(state.path)[other.id]['error'] == 'later'
+    assert kept(state.path)[workspace.id]['status'] == RUNNING
 
 
 # Sessions and runs
