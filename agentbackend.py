@@ -63,18 +63,16 @@ Server      the composition, the WSGI server, the command line
 """
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before others are imported
 
-import collections
 import contextlib
+import functools
 import itertools
 import json
 import logging
 import os
-import re
 import resource
 import sys
 import time
 import urllib.parse
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from _agentbackend import VERSION, errors
@@ -89,31 +87,22 @@ from _agentbackend.clients import (
     WebSocketClient,
     counted,
     event_stream,
+    log_stream,
     sse_stream,
-    text_stream,
 )
 from _agentbackend.config import Config
 from _agentbackend.detached import Detached
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import Engine
-from _agentbackend.events import Events, Steps, plain
+from _agentbackend.events import Events
 from _agentbackend.execs import Execs, short_output
 from _agentbackend.execs import events as command_events
-from _agentbackend.feeds import DEFAULT_TAIL, SessionFeed, WorkspaceFeed, opened
-from _agentbackend.files import (
-    ARCHIVES,
-    Files,
-    asked_range,
-    attachment,
-    described,
-    etag_of,
-    file_headers,
-    tags,
-)
+from _agentbackend.feeds import DEFAULT_TAIL, SessionFeed, WorkspaceFeed, cursor_of, opened, transcript
+from _agentbackend.files import ARCHIVES, Files, described, etag_of, tags
 from _agentbackend.gate import TICKET_LIFE, Gate, Tickets
 from _agentbackend.gitstate import diff_body, git_state
-from _agentbackend.images import BASE, Templates
+from _agentbackend.images import Templates
 from _agentbackend.keeper import Keeper
 from _agentbackend.logs import Logs
 from _agentbackend.pages import (
@@ -126,11 +115,11 @@ from _agentbackend.pages import (
     StreamOf,
     openapi_document,
 )
-from _agentbackend.positions import BEGINNING, LAST_LINE, Cursor, LogPosition, event_id_of, place_of
+from _agentbackend.positions import BEGINNING, LAST_LINE, event_id_of, place_of
 from _agentbackend.probes import Probes
-from _agentbackend.records import RUNNING, STATUSES, STOPPED
+from _agentbackend.records import RUNNING, STOPPED
 from _agentbackend.repeats import Repeats
-from _agentbackend.routing import Application, Call, Reply, Route, read_query
+from _agentbackend.routing import Application, Call, Reply, Route, read_query, waited
 from _agentbackend.runs import Runs
 from _agentbackend.schemas import Schemas
 from _agentbackend.server import Server
@@ -138,10 +127,10 @@ from _agentbackend.state import State
 from _agentbackend.talks import CommandClient, TerminalClient
 from _agentbackend.tasks import Tasks
 from _agentbackend.terminals import Terminals
-from _agentbackend.timing import parse_since
 from _agentbackend.views import (
     encode,
     view_activity,
+    view_health,
     view_image,
     view_session,
     view_session_details,
@@ -149,7 +138,6 @@ from _agentbackend.views import (
     view_workspace,
     view_workspace_details,
 )
-from _agentbackend.waits import wait_until
 from _agentbackend.wire import POLICY, WebSocketError
 from _agentbackend.workspaces import Workspaces
 
@@ -162,8 +150,6 @@ log = logging.getLogger('agentbackend')
 # Routes
 # ---------------------------------------------------------------------------------------------
 
-WAIT_TIMEOUT = 600  # seconds that a client waits who names no timeout
-EDITOR_PAUSE = 120  # seconds since an editor's last heartbeat after which it counts as closed
 DELETE_TIMEOUT = 30  # seconds that DELETE waits for the end before it answers 202
 
 
@@ -233,42 +219,15 @@ def follow_workspace(backend, call):
     comes."""
     workspace = backend.state.get(call.path['id'])
     backend.streams.admit()
-    cursor, tail = call_cursor(call) or cursor_since(backend, call, workspace), call.query.get('tail')
-    return follow(backend, call, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
-                                                       tail=DEFAULT_TAIL if tail is None else tail))
+    cursor, tail = cursor_of(backend, workspace, call), call.query.get('tail', DEFAULT_TAIL)
+    return follow(backend, call, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor, tail=tail))
 
 
 def read_log(backend, call):
     """Get the log of a workspace as plain text: the last `tail` lines or those from `since` on; with `follow`
     also what comes."""
-    workspace = backend.state.get(call.path['id'])
-    cursor, tail = cursor_since(backend, call, workspace), call.query.get('tail')
-    position = cursor.log if cursor else None
-    backend.streams.admit()
-    if call.query.get('follow'):
-        tail = 10_000_000 if tail is None else tail
-        stream = text_stream(opened(backend, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
-                                                                   tail=tail), call.watch_disconnect))
-    else:
-        lines = backend.logs.read(workspace.id, position=position, tail=tail)
-        stream = log_text(backend, itertools.chain([next(lines, [])], lines), position or LogPosition())
+    stream = log_stream(backend, backend.state.get(call.path['id']), call)
     return Reply(stream=stream, headers=SSE_HEADERS | {'Content-Type': 'text/plain; charset=utf-8'})
-
-
-def cursor_since(backend, call, workspace):
-    """Return the Cursor from which on a log is asked for by a time, or None."""
-    if 'since' not in call.query:
-        return None
-    cursor = backend.events.topic(workspace.id).cursor.copy()
-    cursor.log = LogPosition.at(parse_since(call.query['since']))
-    return cursor
-
-
-def log_text(backend, parts, position):
-    """Yield lists of lines of a log, as far as they come behind a position, as plain text."""
-    with counted(backend.streams):
-        for lines in parts:
-            yield plain(backend.events.redact_lines(position.advance(lines))).encode('utf-8', 'replace')
 
 
 def follow(backend, call, feed, headers=()):
@@ -371,40 +330,9 @@ def get_file(backend, call):
     A path is relative to the project, or begins with the folder of the volume. A file comes with ETag and
     ranges; `archive` gives a file or a whole tree as a tar. It works on a stopped workspace too.
     """
-    path, archive = call.path.get('path', ''), call.query.get('archive')
-    is_read = call.method != 'HEAD' and not archive
-    work, told = backend.files.open(backend.state.get(call.path['id']), path, archive=archive,
-                                    content=call.method != 'HEAD')
-    name = path.rstrip('/').rpartition('/')[2] or call.path['id']
-    if archive:
-        parts, headers, status = work.rest(), {'Content-Type': ARCHIVES[archive],
-                                               **attachment(f'{name}.{archive}')}, 200
-    elif told['type'] == 'folder':
-        parts = itertools.chain([b'{"success":true,"data":'], work.rest(), [b'}\n'])
-        headers, status = {'Content-Type': JSON_TYPE, 'Cache-Control': 'no-store'}, 200
-    else:
-        try:
-            parts, headers, status = file_answer(backend, call, work, told, name, is_read)
-        except BaseException:
-            work.close()
-            raise
-    return Reply(stream=Closing(iter(parts), work, call.watch_disconnect), status=status,
+    parts, work, headers, status = backend.files.answer(backend.state.get(call.path['id']), call)
+    return Reply(stream=Closing(parts, work, call.watch_disconnect), status=status,
                  headers=headers | DOWNLOADED)
-
-
-def file_answer(backend, call, work, told, name, is_read):
-    """Return (parts, headers, status) of a file, or of the range of it that is asked for."""
-    headers = file_headers(told, name, download='download' in call.query)
-    if told['tag'] in (tags(call.if_none_match) or ()):
-        return (), headers, 304
-    part = asked_range(call.headers.get('Range'), call.headers.get('If-Range'), told) if is_read else None
-    start, count = part or (0, told['size'])
-    headers['Content-Length'] = str(count)
-    if part:
-        headers['Content-Range'] = f"bytes {start}-{start + count - 1}/{told['size']}"
-    if is_read:
-        backend.files.send_content(work, start, count)
-    return (work.rest(count) if is_read and count else ()), headers, 206 if part else 200
 
 
 def put_file(backend, call):
@@ -485,7 +413,7 @@ def get_diff(backend, call):
 def get_activity(backend, call):
     """Get what keeps a workspace alive. It tells also when it is deleted, and why."""
     workspace = backend.state.get(call.path['id'])
-    return Reply(view_activity(workspace, reasons_of(backend, workspace)))
+    return Reply(view_activity(workspace, backend.activity.reasons(workspace)))
 
 
 def execute_task(backend, call):
@@ -535,14 +463,7 @@ def get_transcript(backend, call):
     follow."""
     session = backend.state.session(call.path['id'])
     after = place_of(call.query['after']) if call.query.get('after') else BEGINNING
-    limit, found = call.query.get('limit', 1000), []
-    for run, steps in backend.tasks.replay(session, after, backend.tasks.told(session.id)):
-        found += [(run, step) for step in steps]
-        if len(found) > limit:
-            break
-    shown = [row for run, step in found[:limit] for row in Steps(run, [step], event_id_of).rows()]
-    return Reply({'events': [json.loads(text) for _, text in shown],
-                  'next': shown[-1][0] if len(found) > limit else None})
+    return Reply(transcript(backend, session, after, call.query.get('limit', 1000)))
 
 
 def cancel_session(backend, call):
@@ -622,29 +543,7 @@ def read_build_log(backend, call):
 
 def get_health(backend, call):
     """Tell how the server is. Without the token, when one is set, only the first four fields."""
-    well = backend.keeper.connected and not backend.state.failure
-    shown = {'status': 'healthy' if well else 'degraded', 'version': VERSION,
-             'uptime': int(time.monotonic() - backend.started_at),
-             'docker': 'connected' if backend.keeper.connected else 'disconnected'}
-    if call.trusted:
-        statuses = collections.Counter(item.status for item in backend.state.all())
-        shown['templates'] = {name: view_image(backend.templates.state(name))
-                              for name in [BASE, *backend.templates.names()]}
-        shown['agents'] = {name: {'ready': not why, **({'reason': why} if why else {})}
-                           for name, why in backend.tasks.agents().items()}
-        shown['workspaces'] = {'total': sum(statuses.values()),
-                               **{status: statuses[status] for status in STATUSES}}
-        shown['problems'] = [*backend.keeper.problems.values(),
-                             *([f'The state file {backend.state.path} cannot be written '
-f'({backend.state.failure}): make room, or see to the disk.'] if backend.state.failure else [])]
-        shown['ports'] = {kind: {'used': used, 'total': total}
-                          for kind, (used, total) in backend.state.ports_in_use().items()}
-    return Reply(shown)
-
-
-def show_dashboard(backend, call):
-    """Show the dashboard."""
-    return show_page(backend, call, 'index.html')
+    return Reply(view_health(backend, trusted=call.trusted))
 
 
 def show_reference(backend, call):
@@ -652,24 +551,14 @@ def show_reference(backend, call):
     return show_page(backend, call, 'openapi-plain.html' if call.query.get('plain') else 'openapi.html')
 
 
-def show_terminal(backend, call):
-    """Show a terminal of a workspace."""
-    return show_page(backend, call, 'terminal.html')
-
-
 def show_document(backend, call):
     """Get this document."""
     return show_page(backend, call, 'openapi.json')
 
 
-def show_file(backend, call):
-    """Get a file that the pages need."""
-    return show_page(backend, call, call.path['name'])
-
-
-def show_page(backend, call, name):
+def show_page(backend, call, name=None):
     """Return the reply that sends a page, or says that the browser has it already."""
-    page = backend.pages.find(name)
+    page = backend.pages.find(name or call.path['name'])
     if page.etag in call.if_none_match:
         return Reply(status=304, headers=page.headers, stream=())
     return Reply(stream=[page.read()], headers=page.headers)
@@ -681,66 +570,6 @@ def need_websocket(call):
         raise errors.UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, '
                                      'Sec-WebSocket-Version: 13 and a proper key.',
                                      headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
-
-
-def waited(backend, call, workspace):
-    """Return a workspace once it has one of the statuses that the query waits for."""
-    return wait_until(backend.state, backend.events, workspace, call.query['wait'].split(','),
-                      call.query.get('timeout', WAIT_TIMEOUT), call.watch_disconnect)
-
-
-def once_running(backend, call, reply):
-    """Return the reply that shows a workspace, once what is waited for has come."""
-    return after_waiting(backend, call, reply, RUNNING)
-
-
-def once_stopped(backend, call, reply):
-    """The same, of a workspace that stops."""
-    return after_waiting(backend, call, reply, STOPPED)
-
-
-def after_waiting(backend, call, reply, wanted):
-    """Return the reply that shows a workspace, once what the query or a preference waits for has come."""
-    preferred = re.search(r'\bwait\s*=\s*"?(\d{1,5})', call.headers.get('Prefer', ''))
-    headers = dict(reply.headers)
-    if 'wait' in call.query:
-        workspace = waited(backend, call, backend.state.get(reply.data['id']))
-    elif preferred:
-        workspace = wait_until(backend.state, backend.events, backend.state.get(reply.data['id']), [wanted],
-                               int(preferred[1]), call.watch_disconnect, strict=False)
-        headers['Preference-Applied'] = f'wait={preferred[1]}'
-    else:
-        workspace = None
-    if PLAIN_TEXT in call.accept and reply.status == 201:
-        return Reply(stream=[f"{reply.data['id']}\n".encode()], status=201,
-                     headers=headers | {'Content-Type': 'text/plain; charset=utf-8'})
-    return Reply(view_workspace(workspace) if workspace else reply.data, reply.status, headers)
-
-
-def reasons_of(backend, workspace):
-    """Return what keeps a workspace alive, [(kind, since, detail)]."""
-    found = [('task', run.started_at, run.task[:200]) for run in backend.state.open_runs()
-             if run.workspace_id == workspace.id and run.state == RUNNING]
-    found += backend.activity.of(workspace.id)
-    if workspace.status == RUNNING:
-        with contextlib.suppress(errors.DockerError, errors.WorkspaceNotRunning):
-            found += backend.detached.at_work(workspace)
-        beat = backend.keeper.editor_seen(workspace)
-        found += [('editor', beat, 'an open editor')] if beat and beat > time.time() - EDITOR_PAUSE else []
-    return found
-
-
-def note_activity(backend, workspace):
-    """Let a workspace live on that is to be deleted, when something is at work in it. What an editor says
-    of itself counts from when it said it."""
-    if any(kind != 'editor' for kind, *_ in reasons_of(backend, workspace)):
-        backend.activity.note(workspace.id)
-
-
-def call_cursor(call):
-    """Return from where a stream is to go on: what the client says, else what its browser remembers."""
-    text = call.query.get('after', call.last_event_id)
-    return Cursor.parse(text) if text else None
 
 
 def show_workspace(backend, call, workspace):
@@ -761,7 +590,7 @@ TALK_ERRORS = (errors.UpgradeRequired, errors.WorkspaceNotFound, errors.Workspac
 COMMAND_ERRORS = (*WORK_ERRORS, errors.ExecNotFound)
 FILE_ANSWERS = ('file-list', *ARCHIVES.values(), ANY_TYPE)
 FILE_ERRORS = (*WORK_ERRORS, errors.FileMissing, errors.FileExists, errors.NotAFolder, errors.NotAFile)
-CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'after': once_running, 'answers': {202: 'workspace'},
+CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'becomes': RUNNING, 'answers': {202: 'workspace'},
           'errors': (*WORK_ERRORS, errors.WaitTimeout)}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
 TASK_ERRORS = (*WORK_ERRORS, errors.SessionBusy, errors.TooMany)
@@ -770,7 +599,7 @@ ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
           answers={200: 'workspace-list'}),
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
-          tag='Workspaces', after=once_running, answers={201: 'workspace'}, headers=('Location',),
+          tag='Workspaces', becomes=RUNNING, answers={201: 'workspace'}, headers=('Location',),
           errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
                   errors.WaitTimeout, *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
@@ -785,9 +614,9 @@ ROUTES = (
           errors=(errors.WorkspaceNotFound, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
     Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry',
-          query='wait-query', tag='Workspaces', after=once_running, answers={202: 'workspace'},
+          query='wait-query', tag='Workspaces', becomes=RUNNING, answers={202: 'workspace'},
           errors=(*WORK_ERRORS, errors.PortExhausted, errors.WaitTimeout)),
-    Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE | {'after': once_stopped}),
+    Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE | {'becomes': STOPPED}),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces',
           answers={200: EVENT_STREAM},
@@ -863,10 +692,10 @@ ROUTES = (
           errors=(errors.NotFound,)),
     Route('GET', '/health', get_health, open=True, bare=True, tag='Server', answers={200: 'health'}),
     Route('GET', '/openapi.json', show_document, tag='Server', answers={200: JSON_TYPE}, **PAGE),
-    Route('GET', '/', show_dashboard, **PAGE),
+    Route('GET', '/', functools.partial(show_page, name='index.html'), **PAGE),
     Route('GET', '/openapi', show_reference, query='openapi-query', **PAGE),
-    Route('GET', '/terminal', show_terminal, **PAGE),
-    Route('GET', '/static/<name>', show_file, **PAGE),
+    Route('GET', '/terminal', functools.partial(show_page, name='terminal.html'), **PAGE),
+    Route('GET', '/static/<name>', show_page, **PAGE),
 )
 
 
@@ -875,33 +704,43 @@ ROUTES = (
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Backend:
     """The parts, put together. `open` begins what goes on in the background, `close` ends it."""
 
-    config: Config
-    schemas: Schemas
-    state: State
-    events: Events
-    client: DockerClient
-    engine: Engine
-    templates: Templates
-    logs: Logs
-    probes: Probes
-    workspaces: Workspaces
-    keeper: Keeper
-    tasks: Tasks
-    activity: Activity
-    execs: Execs
-    detached: Detached
-    files: Files
-    terminals: Terminals
-    access: Access
-    repeats: Repeats
-    streams: Streams
-    pages: Pages
-    tickets: Tickets = field(default_factory=Tickets)
-    started_at: float = field(default_factory=time.monotonic)
+    def __init__(self, config):
+        self.started_at = time.monotonic()
+        self.config, self.schemas, self.tickets = config, Schemas(DATA / 'schemas'), Tickets()
+        self.state = state = State(
+            Path(config.state_dir) / f'{config.instance}.sqlite',
+            {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports, 'custom': config.custom_ports})
+        self.events = Events(state, config.secrets())
+        self.client = DockerClient(host=config.docker_host, tls_verify=config.docker_tls_verify,
+                                   cert_path=config.docker_cert_path)
+        self.engine = engine = Engine(self.client, instance=config.instance, recorded=state.container_of)
+        self.templates = Templates(
+            self.client, [DATA / 'templates', *filter(None, [config.templates_dir])],
+            base_image=config.base_image, base_image_timeout=config.base_image_timeout,
+            ca_certs=config.extra_ca_certs, timeout=config.build_timeout)
+        self.logs, self.probes = Logs(self.events, engine), Probes(config, engine)
+        claim = Claim(engine, lambda: state.id)
+        self.workspaces = Workspaces(config, state, self.events, engine, self.templates, self.probes, claim)
+        self.keeper = keeper = Keeper(config, state, engine, self.templates, self.logs, self.workspaces,
+                                      self.probes, claim)
+        self.tasks = Tasks(config, state, self.events, engine, claim)
+        self.activity = activity = Activity(state)
+        self.access = access = Access(state, engine)
+        self.execs = Execs(config, state, engine, activity)
+        self.detached = Detached(config, engine, Runs(engine, config.workspace_base_path), access, self.execs,
+                                 activity)
+        self.files = Files(config, engine, access, activity)
+        self.terminals = Terminals(config, engine, access, activity)
+        self.repeats, self.streams = Repeats(state), Streams(config.max_streams)
+        frame = json.loads((DATA / 'static' / 'openapi-frame.json').read_text())
+        self.pages = Pages(DATA / 'static', openapi_document(ROUTES, self.schemas, frame))
+        activity.sources += [self.detached.at_work, keeper.editor_at_work]
+        keeper.on_connected += [self.tasks.resume, engine.remove_helpers]
+        keeper.on_changed.append(self.tasks.sweep_up)
+        keeper.on_expiring.append(activity.keep_alive)
 
     def load(self):
         """Read what is known; until then no call may be answered."""
@@ -927,38 +766,7 @@ class Backend:
         self.client.close()
 
 
-def make_backend(config):
-    """Put the parts together; nothing goes on until `open` is called."""
-    state = State(Path(config.state_dir) / f'{config.instance}.sqlite',
-                  {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports,
-                   'custom': config.custom_ports})
-    events = Events(state, config.secrets())
-    client = DockerClient(host=config.docker_host, tls_verify=config.docker_tls_verify,
-                          cert_path=config.docker_cert_path)
-    engine = Engine(client, instance=config.instance, recorded=state.container_of)
-    templates = Templates(client, [DATA / 'templates', *filter(None, [config.templates_dir])],
-                          base_image=config.base_image,
-                          base_image_timeout=config.base_image_timeout, ca_certs=config.extra_ca_certs,
-                          timeout=config.build_timeout)
-    logs, probes, claim = Logs(events, engine), Probes(config, engine), Claim(engine, lambda: state.id)
-    workspaces = Workspaces(config, state, events, engine, templates, probes, claim)
-    keeper = Keeper(config, state, engine, templates, logs, workspaces, probes, claim)
-    tasks = Tasks(config, state, events, engine, claim)
-    keeper.on_connected.append(tasks.resume)
-    keeper.on_changed.append(tasks.sweep_up)
-    activity, access = Activity(state), Access(state, engine)
-    execs = Execs(config, state, engine, activity)
-    detached = Detached(config, engine, Runs(engine, config.workspace_base_path), access, execs, activity)
-    keeper.on_connected.append(engine.remove_helpers)
-    schemas = Schemas(DATA / 'schemas')
-    frame = json.loads((DATA / 'static' / 'openapi-frame.json').read_text())
-    pages = Pages(DATA / 'static', openapi_document(ROUTES, schemas, frame))
-    backend = Backend(config, schemas, state, events, client, engine, templates, logs, probes, workspaces,
-                      keeper, tasks, activity, execs, detached, Files(config, engine, access, activity),
-                      Terminals(config, engine, access, activity), access, Repeats(state),
-                      Streams(config.max_streams), pages)
-    keeper.on_expiring.append(lambda workspace: note_activity(backend, workspace))
-    return backend
+make_backend = Backend  # nothing goes on until `open` is called
 
 
 def make_app(backend):

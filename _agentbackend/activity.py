@@ -1,9 +1,10 @@
-"""What keeps workspaces alive just now, as far as it goes through this server."""
+"""What keeps workspaces alive just now."""
 import collections
 import contextlib
 import time
 
-from _agentbackend.errors import Superseded
+from _agentbackend.errors import DockerError, Superseded, WorkspaceNotRunning
+from _agentbackend.records import RUNNING
 
 NOTE_PAUSE = 1  # seconds between notes of one workspace, each of which is written to the state file
 
@@ -13,6 +14,8 @@ class Activity:
 
     def __init__(self, state):
         self._state = state
+        # Each returns [(kind, since, detail)] of what else goes on in a workspace that runs.
+        self.sources = []
         self._present = collections.defaultdict(dict)  # workspace id -> {key: (kind, since, detail)}
         self._noted = {}  # workspace id -> when it was last noted
 
@@ -30,9 +33,21 @@ class Activity:
                 del self._present[workspace_id]
             self.note(workspace_id)
 
-    def of(self, workspace_id):
-        """Return what goes on in a workspace, [(kind, since, detail)], oldest first."""
-        return sorted(self._present.get(workspace_id, {}).values(), key=lambda item: item[1])
+    def reasons(self, workspace):
+        """Return what keeps a workspace alive, [(kind, since, detail)]."""
+        found = [('task', run.started_at, run.task[:200]) for run in self._state.open_runs()
+                 if run.workspace_id == workspace.id and run.state == RUNNING]
+        found += self._present.get(workspace.id, {}).values()
+        for source in self.sources if workspace.status == RUNNING else ():
+            with contextlib.suppress(DockerError, WorkspaceNotRunning):
+                found += source(workspace)
+        return found
+
+    def keep_alive(self, workspace):
+        """Let a workspace live on that is to be deleted, when something is at work in it. What an editor says
+        of itself counts from when it said it."""
+        if any(kind != 'editor' for kind, *_ in self.reasons(workspace)):
+            self.note(workspace.id)
 
     def note(self, workspace_id, *, now=None):
         """Let the time of a workspace that lives by its activity count from now."""

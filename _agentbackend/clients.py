@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import io
+import itertools
 import logging
 import time
 
@@ -9,10 +10,10 @@ import gevent
 import gevent.event
 
 from _agentbackend.errors import BackendError, TooMany, Unauthorized, internal_error
-from _agentbackend.events import EVERYTHING, Batch, Event
-from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, EverythingFeed, WorkspaceFeed
+from _agentbackend.events import EVERYTHING, Batch, Event, plain
+from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, EverythingFeed, WorkspaceFeed, cursor_since, opened
 from _agentbackend.gate import WRONG_TOKEN, same_secret
-from _agentbackend.positions import Cursor
+from _agentbackend.positions import Cursor, LogPosition
 from _agentbackend.schemas import parse_json
 from _agentbackend.timing import Turn, with_pauses
 from _agentbackend.views import RETRY, encode
@@ -161,6 +162,28 @@ def event_stream(events):
     yield b': events\n\n'
     for event in events:
         yield b': still here\n\n' if event is None else b'data: %s\n\n' % encode(event)[:-1]
+
+
+def log_stream(backend, workspace, call):
+    """Return the plain text of a workspace's log as a routing.Call asks for it, in parts; admits it among the
+    streams."""
+    cursor, tail = cursor_since(backend, workspace, call), call.query.get('tail')
+    backend.streams.admit()
+    if call.query.get('follow'):
+        tail = 10_000_000 if tail is None else tail
+        return text_stream(opened(backend, lambda: WorkspaceFeed(backend, workspace.id, cursor=cursor,
+                                                                 tail=tail), call.watch_disconnect))
+    position = cursor.log if cursor else None
+    lines = backend.logs.read(workspace.id, position=position, tail=tail)
+    # What is wrong can still be told before the first lines have come.
+    return log_text(backend, itertools.chain([next(lines, [])], lines), position or LogPosition())
+
+
+def log_text(backend, parts, position):
+    """Yield lists of lines of a log, as far as they come behind a position, as plain text."""
+    with counted(backend.streams):
+        for lines in parts:
+            yield plain(backend.events.redact_lines(position.advance(lines))).encode('utf-8', 'replace')
 
 
 def text_stream(opened):

@@ -1,6 +1,7 @@
 """What a reader of a workspace or a session is given: what was missed, from the archives, and then what
 comes."""
 import contextlib
+import json
 import logging
 import time
 
@@ -21,7 +22,7 @@ from _agentbackend.positions import (
 )
 from _agentbackend.records import CREATING, ERROR
 from _agentbackend.tasks import INTERRUPTED
-from _agentbackend.timing import cooperatively
+from _agentbackend.timing import cooperatively, parse_since
 
 log = logging.getLogger('agentbackend')
 
@@ -292,6 +293,22 @@ class EverythingFeed(Feed):
         self.behind = False
 
 
+def cursor_of(backend, workspace, call):
+    """Return the Cursor from which on a routing.Call asks for the events of a workspace, or None: what the
+    client says, else what its browser remembers, else a time."""
+    text = call.query.get('after', call.last_event_id)
+    return Cursor.parse(text) if text else cursor_since(backend, workspace, call)
+
+
+def cursor_since(backend, workspace, call):
+    """Return the Cursor from which on a log is asked for by a time, or None."""
+    if 'since' not in call.query:
+        return None
+    cursor = backend.events.topic(workspace.id).cursor.copy()
+    cursor.log = LogPosition.at(parse_since(call.query['since']))
+    return cursor
+
+
 @contextlib.contextmanager
 def opened(backend, feed, watch_disconnect):
     """Give the Feed that `feed()` makes for the length of a block, and count it among the streams.
@@ -307,6 +324,18 @@ def opened(backend, feed, watch_disconnect):
     finally:
         watch.close()
         feed.release()
+
+
+def transcript(backend, session, after, limit):
+    """Return {events, next} of what a session has told behind a place, at most so many."""
+    found = []
+    for run, steps in backend.tasks.replay(session, after, backend.tasks.told(session.id)):
+        found += [(run, step) for step in steps]
+        if len(found) > limit:
+            break
+    shown = [row for run, step in found[:limit] for row in Steps(run, [step], event_id_of).rows()]
+    return {'events': [json.loads(text) for _, text in shown],
+            'next': shown[-1][0] if len(found) > limit else None}
 
 
 def status_event(workspace, event_id):

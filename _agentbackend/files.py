@@ -1,6 +1,7 @@
 """Files of workspaces: read, written and moved by a program inside them, which keeps to their folder."""
 import contextlib
 import errno
+import itertools
 import json
 import mimetypes
 import re
@@ -141,9 +142,38 @@ class Files:
         closed."""
         return self._begin(workspace, 'read', path, archive=archive, content=content)
 
-    def send_content(self, work, start, count):
-        """Let a Work send so many bytes of its file."""
-        work.send(b'[%d, %d]\n' % (start, count))
+    def answer(self, workspace, call):
+        """Return (parts, Work, headers, status) of the answer to a routing.Call for a file, for what is in a
+        folder, or for an archive; the Work is to be closed."""
+        path, archive = call.path.get('path', ''), call.query.get('archive')
+        work, told = self.open(workspace, path, archive=archive, content=call.method != 'HEAD')
+        name = path.rstrip('/').rpartition('/')[2] or call.path['id']
+        if archive:
+            return work.rest(), work, {'Content-Type': ARCHIVES[archive],
+                                       **attachment(f'{name}.{archive}')}, 200
+        if told['type'] == 'folder':
+            parts = itertools.chain([b'{"success":true,"data":'], work.rest(), [b'}\n'])
+            return parts, work, {'Content-Type': 'application/json', 'Cache-Control': 'no-store'}, 200
+        try:
+            return self._content(call, work, told, name)
+        except BaseException:
+            work.close()
+            raise
+
+    @staticmethod
+    def _content(call, work, told, name):
+        """Return what `answer` does, for a file, or the range of it that is asked for."""
+        headers, is_read = file_headers(told, name, download='download' in call.query), call.method != 'HEAD'
+        if told['tag'] in (tags(call.if_none_match) or ()):
+            return iter(()), work, headers, 304
+        part = asked_range(call.headers.get('Range'), call.headers.get('If-Range'), told) if is_read else None
+        start, count = part or (0, told['size'])
+        headers['Content-Length'] = str(count)
+        if part:
+            headers['Content-Range'] = f"bytes {start}-{start + count - 1}/{told['size']}"
+        if is_read:
+            work.send(b'[%d, %d]\n' % (start, count))
+        return work.rest(count) if is_read and count else iter(()), work, headers, 206 if part else 200
 
     def write(self, workspace, path, pieces, *, mode=None, match=None, none_match=None):
         """Write a file from pieces; return what describes it."""

@@ -23,7 +23,7 @@ from _agentbackend.errors import (
     WorkspaceNotFound,
 )
 from _agentbackend.recipe import SETTINGS_FOLDER, read_shell_lines
-from _agentbackend.records import AGENT, ERROR, RUNNING, SETTLED, STOPPED, TEMPORARY, Workspace
+from _agentbackend.records import AGENT, ERROR, RUNNING, SETTLED, STOPPED, TEMPORARY, Workspace, record_of
 
 log = logging.getLogger('agentbackend')
 
@@ -32,6 +32,7 @@ CLAIM_TIMEOUT = 12  # seconds; a server that is there has half of that to answer
 GRACE = 4
 SWEEP_PAUSE = 1  # seconds
 ASK_TIMEOUT = 5  # seconds that it may take to find out what goes on in a workspace that is to be deleted
+EDITOR_PAUSE = 120  # seconds since an editor's last heartbeat after which it counts as closed
 CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
 EXIT_TERM = 143  # of a container that was told to end, by `docker stop` say
 REMOVED = ('The container was removed outside Agent Backend, by a clean-up perhaps. The files are there: '
@@ -78,6 +79,7 @@ class Keeper:
     def close(self):
         """End the loops and what they have begun; the next `open` goes on from there."""
         gevent.killall([*self._loops, *self._checks], timeout=10)
+        self._to_check.clear()
         with contextlib.suppress(DockerError):
             self._claim.release()
 
@@ -93,7 +95,8 @@ class Keeper:
             except Exception:
                 log.exception('Following the engine failed; trying again.')
             self.connected = self._first_try = False
-            gevent.sleep(1)
+            with contextlib.suppress(InstanceTaken):  # a sweep that found it out may say so just now
+                gevent.sleep(1)
 
     def _follow_once(self):
         info = self._engine.info()
@@ -137,10 +140,12 @@ class Keeper:
         known = before | {workspace.id for workspace in self._state.all()}
         for workspace_id in (containers.keys() | volumes.keys()) - known:
             self._try_to_adopt(workspace_id, containers.get(workspace_id), volumes.get(workspace_id))
-        for workspace in self._state.all():
-            # Of one that was made or worked on meanwhile the lists tell an old state.
-            if workspace.id not in (known - before) | busy and not self._workspaces.has_job(workspace.id):
-                self._resume(workspace, containers.get(workspace.id), workspace.id in volumes)
+        # Of those that were made or worked on meanwhile the lists tell an old state.
+        for workspace_id in [item.id for item in self._state.all() if item.id not in (known - before) | busy]:
+            with contextlib.suppress(WorkspaceNotFound, Superseded):  # of this one; the others go on
+                if not self._workspaces.has_job(workspace_id):
+                    self._resume(self._state.get(workspace_id), containers.get(workspace_id),
+                                 workspace_id in volumes)
 
     def _resume(self, workspace, container, has_volume):
         """Go on with a workspace on which no job is at work."""
@@ -252,7 +257,8 @@ class Keeper:
         found = self._found_in(container) if container else {
             'name': value['name'], 'memory': self._config.workspace_memory, 'status': STOPPED}
         found.setdefault('password', secrets.token_urlsafe(12))
-        self._state.adopt(Workspace(**record, **found, **json.loads(value['spec'])))
+        # What the state file would refuse at the next start is refused here.
+        self._state.adopt(record_of(Workspace, {**json.loads(value['spec']), **record, **found}))
         log.info('Adopted workspace %s (%s) from the engine.', workspace_id, found['name'])
 
     def _found_in(self, container):
@@ -321,6 +327,11 @@ class Keeper:
             beat = self.editor_seen(workspace)
             if beat and workspace.last_activity_at < beat:
                 self._state.update(workspace.id, flush=False, last_activity_at=beat)
+
+    def editor_at_work(self, workspace):
+        """Return [('editor', since, words)] while the editor of a workspace is open."""
+        beat = self.editor_seen(workspace)
+        return [('editor', beat, 'an open editor')] if beat and beat > time.time() - EDITOR_PAUSE else []
 
     def editor_seen(self, workspace):
         """Return when the editor of a workspace was last open, or None: code-server notes its heartbeat, in

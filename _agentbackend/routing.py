@@ -20,8 +20,11 @@ from _agentbackend.errors import (
 from _agentbackend.gate import split_host
 from _agentbackend.pages import EVENT_STREAM, PLAIN_TEXT, kinds_of
 from _agentbackend.schemas import parse_json
-from _agentbackend.views import encode, view_error
+from _agentbackend.views import encode, view_error, view_workspace
+from _agentbackend.waits import wait_until
 from _agentbackend.wire import DisconnectWatcher
+
+WAIT_TIMEOUT = 600  # seconds that a client waits who names no timeout
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Route:
     """One line of the API. `body` and `query` name schemas; an `upload` route takes its body piece by piece,
     and may change that of others; an `open` one needs no token; a `bare` one answers without the envelope.
 
-    `after(backend, call, reply)` returns what is answered in the place of the handler's reply, also when that
-    is given again for a request that is repeated.
+    One by which a workspace `becomes` something may be asked to wait for that, also when its reply is given
+    again for a request that is repeated.
 
     The rest is for the OpenAPI document: under which `tag` it stands, if it does; its `answers`, from status
     to the schema of the data, to a media type, or to None; of a WebSocket the schemas of what is said on it,
@@ -83,7 +86,7 @@ class Route:
     tag: str = None
     answers: dict = field(default_factory=dict)
     talk: tuple = ()
-    after: object = None
+    becomes: str = None
     errors: tuple = ()
     headers: tuple = ()
 
@@ -183,7 +186,7 @@ def endpoint(backend, route):
                 reply = answer_once(backend, environ, lambda: route.handler(backend, call))
             else:
                 reply = route.handler(backend, call)
-            reply = route.after(backend, call, reply) if route.after else reply
+            reply = after_waiting(backend, call, reply, route.becomes) if route.becomes else reply
             if reply.stream is not None:
                 environ['agentbackend.streams'] = True
                 environ['agentbackend.trailers'] = trailers
@@ -196,6 +199,28 @@ def endpoint(backend, route):
             error = internal_error(error)
             return respond(view_error(error), error.status, {})
     return called
+
+
+def waited(backend, call, workspace):
+    """Return a workspace once it has one of the statuses that the query waits for."""
+    return wait_until(backend.state, backend.events, workspace, call.query['wait'].split(','),
+                      call.query.get('timeout', WAIT_TIMEOUT), call.watch_disconnect)
+
+
+def after_waiting(backend, call, reply, wanted):
+    """Return the reply that shows a workspace, once what the query or a preference waits for has come."""
+    preferred = re.search(r'\bwait\s*=\s*"?(\d{1,5})', call.headers.get('Prefer', ''))
+    headers, workspace = dict(reply.headers), None
+    if 'wait' in call.query:
+        workspace = waited(backend, call, backend.state.get(reply.data['id']))
+    elif preferred:
+        workspace = wait_until(backend.state, backend.events, backend.state.get(reply.data['id']), [wanted],
+                               int(preferred[1]), call.watch_disconnect, strict=False)
+        headers['Preference-Applied'] = f'wait={preferred[1]}'
+    if PLAIN_TEXT in call.accept and reply.status == 201:
+        return Reply(stream=[f"{reply.data['id']}\n".encode()], status=201,
+                     headers=headers | {'Content-Type': 'text/plain; charset=utf-8'})
+    return Reply(view_workspace(workspace) if workspace else reply.data, reply.status, headers)
 
 
 def watcher_of(environ):

@@ -1,12 +1,16 @@
 """Records as the objects of the API."""
+import collections
 import contextlib
 import json
 import re
+import time
 from json.encoder import encode_basestring
 
+from _agentbackend import VERSION
 from _agentbackend.dockerlog import STREAM_NAMES
 from _agentbackend.engine import USER
-from _agentbackend.records import AGENT, RUNNING, title_of
+from _agentbackend.images import BASE
+from _agentbackend.records import AGENT, RUNNING, STATUSES, title_of
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
@@ -102,6 +106,27 @@ def view_run(run):
             'costUsd': end.get('costUsd'), 'result': end.get('message') if run.state == 'completed' else None,
             'error': {'code': end.get('code'), 'message': end.get('message')}
             if run.state in ('failed', 'cancelled') else None}
+
+
+def view_health(backend, *, trusted):
+    """Return how the server is; to whom has not shown the token, only the first four fields."""
+    state, keeper, templates = backend.state, backend.keeper, backend.templates
+    shown = {'status': 'healthy' if keeper.connected and not state.failure else 'degraded',
+             'version': VERSION, 'uptime': int(time.monotonic() - backend.started_at),
+             'docker': 'connected' if keeper.connected else 'disconnected'}
+    if not trusted:
+        return shown
+    statuses = collections.Counter(item.status for item in state.all())
+    unwritten = [f'The state file {state.path} cannot be written ({state.failure}): make room, or see to the '
+                 'disk.'] if state.failure else []
+    return shown | {
+        'templates': {name: view_image(templates.state(name)) for name in [BASE, *templates.names()]},
+        'agents': {name: {'ready': not why, **({'reason': why} if why else {})}
+                   for name, why in backend.tasks.agents().items()},
+        'workspaces': {'total': statuses.total(), **{status: statuses[status] for status in STATUSES}},
+        'problems': [*keeper.problems.values(), *unwritten],
+        'ports': {kind: {'used': used, 'total': total}
+                  for kind, (used, total) in state.ports_in_use().items()}}
 
 
 def view_image(state):

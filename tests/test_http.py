@@ -1,6 +1,7 @@
 """HTTP over real sockets, on a server whose Docker engine is not there."""
 import contextlib
 import functools
+import io
 import json
 import re
 import signal
@@ -18,6 +19,7 @@ from helpers import memory_of, reset_peak, run_second, seconds_of, usual
 from streaming import connect
 
 import agentbackend
+from _agentbackend.errors import InstanceTaken, ValidationError
 
 TOKEN = 'hush-0123456789-hush'
 JSON = {'Content-Type': 'application/json'}
@@ -664,6 +666,36 @@ def test_the_application_can_be_mounted_in_another(backend):
     app = webtest.TestApp(agentbackend.make_app(backend))
     assert app.get('/health').json['docker'] == 'disconnected'
     assert app.post_json('/api/workspaces', {'name': 'a b'}, status=400).json['code'] == 'VALIDATION_ERROR'
+
+
+@pytest.mark.parametrize('length', ['x', '-1', '²', '1 2'])
+def test_a_length_that_is_no_number_is_refused_under_any_server(backend, length):
+    app, answered = agentbackend.make_app(backend), []
+    for method, path in (('POST', '/api/workspaces'), ('PUT', '/api/workspaces/a/files/b')):
+        environ = {'REQUEST_METHOD': method, 'PATH_INFO': path, 'CONTENT_LENGTH': length,
+                   'QUERY_STRING': '', 'HTTP_HOST': 'localhost', 'wsgi.input': io.BytesIO(b'{}')}
+        answer = b''.join(app(environ, lambda status, headers, error=None: answered.append(status)))
+        assert 'Content-Length' in check_error(answer, 'VALIDATION_ERROR')
+    assert [status[:3] for status in answered] == ['400', '400']
+
+
+def test_an_upload_that_ends_early_is_not_taken_for_a_whole_one(backend):
+    pieces = agentbackend.make_app(backend)._pieces(io.BytesIO(b'abc'), 5)
+    assert next(pieces) == b'abc'
+    with pytest.raises(ValidationError, match='truncated'):
+        next(pieces)
+
+
+def test_the_engine_is_looked_for_on_whenever_the_instance_is_found_taken(backend):
+    backend.open()
+    try:
+        gevent.sleep(0.5)  # it looked once, and pauses
+        follower = backend.keeper._loops[0]
+        follower.kill(InstanceTaken('Another server is at work.'), block=False)  # as a sweep does
+        gevent.sleep(0.5)
+        assert not follower.dead
+    finally:
+        backend.close()
 
 
 # Start and end
