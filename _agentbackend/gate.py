@@ -19,6 +19,7 @@ from _agentbackend.errors import (
     RequestTimeout,
     Unauthorized,
     ValidationError,
+    quoted,
 )
 from _agentbackend.views import encode, view_error
 from _agentbackend.wire import read_up_to
@@ -30,6 +31,8 @@ CORS_EXPOSED = ('Location, X-Session-Id, X-Run-Id, X-Exit-Code, Allow, WWW-Authe
                 'Content-Range, Content-Disposition, Idempotent-Replayed, Preference-Applied')
 TICKET_LIFE = 30  # seconds
 PIECE = 2**17  # bytes of a body that is taken piece by piece
+CLOSE = {'Connection': 'close'}
+MALFORMED = 'The request body was truncated, or its chunked encoding is malformed.'
 WRONG_TOKEN = "This token is not the server's API_TOKEN."
 HOST = re.compile(r'(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?', re.ASCII)
 
@@ -111,7 +114,7 @@ class Gate:
                 self._talk(route, environ, trusted)
                 return []
             if route is not None and route.upload:
-                environ['agentbackend.upload'] = self._pieces(environ)
+                environ['agentbackend.upload'] = self._pieces(environ['wsgi.input'], length_of(environ))
             else:
                 self._take_body(environ)
         except BackendError as error:
@@ -199,49 +202,37 @@ class Gate:
 
     def _take_body(self, environ):
         """Read the body, chunked or not, within its limits of size and time."""
-        length, chunked = environ.get('CONTENT_LENGTH') or '0', 'HTTP_TRANSFER_ENCODING' in environ
-        limit = self._config.max_body
-        if not chunked and (not length.isdigit() or int(length) > limit):
-            raise self._too_large(limit)
-        body = b''
-        if chunked or int(length):
-            slow = RequestTimeout('The body did not come within '
-                                  f'REQUEST_TIMEOUT={self._config.request_timeout} s.',
-                                  headers={'Connection': 'close'})
-            try:
-                with gevent.Timeout(self._config.request_timeout, slow):
-                    body = read_up_to(environ['wsgi.input'], limit + 1 if chunked else int(length))
-            except OSError as error:
-                raise ValidationError('The request body was truncated, or its chunked encoding is malformed.',
-                                      headers={'Connection': 'close'}) from error
-            if len(body) > limit:
-                raise self._too_large(limit)
+        length, limit, body = length_of(environ), self._config.max_body, b''
+        if length is None or 0 < length <= limit:
+            body = self._in_time('The body did not come', read_up_to, environ['wsgi.input'],
+                                 limit + 1 if length is None else length)
+        if max(length or 0, len(body)) > limit:
+            raise PayloadTooLarge(f'The body is larger than MAX_BODY={limit} bytes.', headers=CLOSE)
         environ['wsgi.input'] = io.BytesIO(body)
         environ['CONTENT_LENGTH'] = str(len(body))
         environ.pop('HTTP_TRANSFER_ENCODING', None)  # Bottle would take the chunks apart a second time
 
-    def _pieces(self, environ):
+    def _pieces(self, body, left):
         """Yield the body piece by piece, as fast as it is taken; each has to come in time."""
-        left = None if 'HTTP_TRANSFER_ENCODING' in environ else int(environ.get('CONTENT_LENGTH') or 0)
-        slow = RequestTimeout('Nothing of the body came within '
-                              f'REQUEST_TIMEOUT={self._config.request_timeout} s.',
-                              headers={'Connection': 'close'})
         while left is None or left > 0:
-            try:
-                with gevent.Timeout(self._config.request_timeout, slow):
-                    data = environ['wsgi.input'].read(PIECE if left is None else min(PIECE, left))
-            except OSError as error:
-                raise ValidationError('The request body was truncated, or its chunked encoding is malformed.',
-                                      headers={'Connection': 'close'}) from error
+            data = self._in_time('Nothing of the body came', body.read,
+                                 PIECE if left is None else min(PIECE, left))
+            if not data and left:
+                raise ValidationError(MALFORMED, headers=CLOSE)
             if not data:
                 return
             left = None if left is None else left - len(data)
             yield data
 
-    @staticmethod
-    def _too_large(limit):
-        return PayloadTooLarge(f'The body is larger than MAX_BODY={limit} bytes.',
-                               headers={'Connection': 'close'})
+    def _in_time(self, late, read, *args):
+        """Return what `read` returns of a body; raise RequestTimeout, or ValidationError for a broken one."""
+        slow = RequestTimeout(f'{late} within REQUEST_TIMEOUT={self._config.request_timeout} s.',
+                              headers=CLOSE)
+        try:
+            with gevent.Timeout(self._config.request_timeout, slow):
+                return read(*args)
+        except OSError as error:
+            raise ValidationError(MALFORMED, headers=CLOSE) from error
 
     @staticmethod
     def _refuse(environ, start, error):
@@ -250,6 +241,16 @@ class Gate:
               [*error.headers.items(), ('Content-Type', 'application/json'),
                ('Content-Length', str(len(body)))])
         return [b'' if environ['REQUEST_METHOD'] == 'HEAD' else body]
+
+
+def length_of(environ):
+    """Return how long the body of a request is, None for one in chunks; raise ValidationError."""
+    if 'HTTP_TRANSFER_ENCODING' in environ:
+        return None
+    text = environ.get('CONTENT_LENGTH') or '0'
+    if not re.fullmatch('[0-9]{1,999}', text):
+        raise ValidationError(f'The Content-Length is {quoted(text)}, and has to be a number.', headers=CLOSE)
+    return int(text)
 
 
 def decoded_path(environ):
