@@ -575,7 +575,7 @@ def need_websocket(call):
 def show_workspace(backend, call, workspace):
     """Return the reply that shows all of a workspace."""
     return Reply(view_workspace_details(workspace, backend.probes.usage(workspace.id), backend.config,
-                                        call.host))
+                                        call.host, backend.engine))
 
 
 def show_session(backend, session, status=200):

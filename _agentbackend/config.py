@@ -104,6 +104,7 @@ def parse_command(text):
     return tuple(shlex.split(text))
 
 
+EVERYWHERE = ('0.0.0.0', '::')  # addresses of all interfaces of a machine
 SECRET_SETTINGS = ('api_token', 'anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token')
 
 

@@ -1,6 +1,8 @@
-"""docker-py as it is used here: errors in our words, and the few calls for which we go below its surface."""
+"""docker-py as it is used here: errors in our words, the few calls for which we go below its surface, and its
+formats."""
 import contextlib
 import grp
+import io
 import logging
 import os
 import pwd
@@ -45,11 +47,17 @@ class DockerClient:
     """One client for everybody. It is made when it is first needed, since docker-py asks the engine for its
     version."""
 
-    def __init__(self, *, host='', tls_verify='', cert_path=''):
+    def __init__(self, *, host='', tls_verify='', cert_path='', node=''):
         settings = {'DOCKER_HOST': host, 'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}
         self._settings = {key: value for key, value in settings.items() if value}
         self.address = host or 'unix:///var/run/docker.sock'
+        self.node = node  # that of several on which the engine is
         self._api = None
+
+    @property
+    def is_local(self):
+        """Whether the engine is on this machine."""
+        return self.address.startswith('unix:')
 
     @property
     def api(self):
@@ -73,7 +81,8 @@ class DockerClient:
 
     def silence(self, seconds):
         """Return the error of an engine that takes a connection and says nothing."""
-        return EngineUnavailable(f'Docker at {self.address} does not answer within {seconds} s.')
+        return EngineUnavailable(f'Docker at {self.address} does not answer within {seconds} s.',
+                                 node=self.node)
 
     @contextlib.contextmanager
     def errors(self):
@@ -91,7 +100,7 @@ class DockerClient:
             raise UnreadableLog(f'The engine cannot read on in this log: {error}') from error
         except (docker.errors.DockerException, *GONE_ERRORS) as error:
             log.debug('The engine does not answer: %r', error)
-            raise EngineUnavailable(self._why_unavailable(error)) from error
+            raise EngineUnavailable(self._why_unavailable(error), node=self.node) from error
 
     def _why_unavailable(self, error):
         while error.__context__ is not None:  # the outer ones only wrap the reason
@@ -218,3 +227,38 @@ def send(target, data):
     """Send all of it, unless the other side goes away first."""
     with contextlib.suppress(OSError):
         target.sendall(data)
+
+
+def measure(sample):
+    """Return a stats record of the engine as {cpu_percent, memory, memory_limit}; None when it has no
+    memory.
+
+    The first of a stream has no past, and so no CPU yet.
+
+    Memory is counted as `docker stats` does, without the page cache that the kernel can take back at once.
+    """
+    cpu, before = sample.get('cpu_stats') or {}, sample.get('precpu_stats') or {}
+    memory = sample.get('memory_stats') or {}
+    if 'usage' not in memory:
+        return None
+    percent = 0.0
+    passed = cpu.get('system_cpu_usage', 0) - before.get('system_cpu_usage', cpu.get('system_cpu_usage', 0))
+    if passed > 0:
+        used = cpu['cpu_usage']['total_usage'] - before['cpu_usage']['total_usage']
+        cores = cpu.get('online_cpus') or len(cpu['cpu_usage'].get('percpu_usage') or ()) or 1
+        percent = round(max(0.0, used / passed * cores * 100), 2)
+    details = memory.get('stats') or {}
+    cache = details.get('inactive_file', details.get('total_inactive_file', 0))
+    return {'cpu_percent': percent, 'memory': max(0, memory['usage'] - cache),
+            'memory_limit': memory.get('limit', 0)}
+
+
+def make_tar(files):
+    """Return {absolute path: (bytes, mode, number of the owner)} as the bytes of a tar."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode='w') as archive:
+        for path, (content, mode, owner) in sorted(files.items()):
+            entry = tarfile.TarInfo(path.lstrip('/'))
+            entry.size, entry.mode, entry.uid, entry.gid = len(content), mode, owner, owner
+            archive.addfile(entry, io.BytesIO(content))
+    return target.getvalue()

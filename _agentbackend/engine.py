@@ -4,9 +4,9 @@ Knows nothing of HTTP; knows a workspace only by its id, a label on its containe
 """
 import collections
 import contextlib
-import io
 import json
 import secrets
+import socket
 import tarfile
 import tempfile
 import time
@@ -16,6 +16,7 @@ import docker
 import gevent
 import gevent.lock
 
+from _agentbackend.dockerclient import make_tar, measure
 from _agentbackend.dockerlog import LogDamaged, LogLines, parse_stamp
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog
 from _agentbackend.positions import MARGIN
@@ -59,6 +60,7 @@ class Container:
     image: str = ''
     volumes: tuple = ()  # names of those that are mounted
     ports: frozenset = frozenset()  # of the host, on which something of it is published
+    node: str = ''  # on which it is, where there are several
 
     @property
     def up(self):
@@ -88,6 +90,8 @@ def labelled_ports(labels):
 class Engine:
     """One Docker engine. Every method may raise DockerError, and EngineUnavailable when nothing answers.
 
+    A `node` names the machine of one that is several; this one takes no note of it.
+
     `recorded(workspace_id)` gives the id of the container that was made for a workspace, as far as it is
     known.
     """
@@ -103,18 +107,18 @@ class Engine:
     def _api(self):
         return self._client.api
 
-    def info(self):
+    def info(self, node=''):
         """Return {cpus, memory, time} of the engine; `time` is its own clock in seconds since the epoch."""
         with self._errors(), gevent.Timeout(INFO_TIMEOUT, self._client.silence(INFO_TIMEOUT)):
             info = self._api.info()
         return {'cpus': info.get('NCPU') or 1, 'memory': info.get('MemTotal') or 0,
                 'time': parse_time(info.get('SystemTime'))}
 
-    def ping(self):
+    def ping(self, node=''):
         """Raise EngineUnavailable unless the engine answers."""
         self._client.ping()
 
-    def is_leaving(self):
+    def is_leaving(self, node=''):
         """Return whether the engine takes no new connections: one that shuts down still answers on the old
         ones."""
         try:
@@ -123,6 +127,18 @@ class Engine:
         except EngineUnavailable:
             return True
         return False
+
+    def away(self, node):
+        """Return since when and why a node does not answer, in words, or ''; never waits."""
+        return ''
+
+    def address(self, node):
+        """Return where the published ports of a node are reached, '' for where the settings say."""
+        return ''
+
+    def is_free(self, address, port):
+        """Return whether nothing listens on a port that is to be published, as far as that is known here."""
+        return not self._client.is_local or is_bindable(address, port)
 
     # What there is
 
@@ -191,7 +207,7 @@ class Engine:
                           if mount.get('Type') == 'volume'),
             ports=frozenset(int(binding['HostPort'])
                             for bindings in (limits.get('PortBindings') or {}).values()
-                            for binding in bindings or () if binding.get('HostPort')))
+                            for binding in bindings or () if binding.get('HostPort')), node=self._client.node)
 
     def changes(self, since):
         """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's
@@ -231,7 +247,7 @@ class Engine:
 
     # Making and removing
 
-    def create_network(self, *, isolated):
+    def create_network(self, *, isolated, node=''):
         """Make the network of this instance unless it is there, and return its name.
 
         On an isolated one containers don't reach each other.
@@ -562,36 +578,15 @@ class Engine:
                 yield from iter(lambda: content.read(PIECE), b'')
 
 
-def measure(sample):
-    """Return a stats record of the engine as {cpu_percent, memory, memory_limit}; None when it has no
-    memory.
-
-    The first of a stream has no past, and so no CPU yet.
-
-    Memory is counted as `docker stats` does, without the page cache that the kernel can take back at once.
-    """
-    cpu, before = sample.get('cpu_stats') or {}, sample.get('precpu_stats') or {}
-    memory = sample.get('memory_stats') or {}
-    if 'usage' not in memory:
-        return None
-    percent = 0.0
-    passed = cpu.get('system_cpu_usage', 0) - before.get('system_cpu_usage', cpu.get('system_cpu_usage', 0))
-    if passed > 0:
-        used = cpu['cpu_usage']['total_usage'] - before['cpu_usage']['total_usage']
-        cores = cpu.get('online_cpus') or len(cpu['cpu_usage'].get('percpu_usage') or ()) or 1
-        percent = round(max(0.0, used / passed * cores * 100), 2)
-    details = memory.get('stats') or {}
-    cache = details.get('inactive_file', details.get('total_inactive_file', 0))
-    return {'cpu_percent': percent, 'memory': max(0, memory['usage'] - cache),
-            'memory_limit': memory.get('limit', 0)}
-
-
-def make_tar(files):
-    """Return {absolute path: (bytes, mode, number of the owner)} as the bytes of a tar."""
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode='w') as archive:
-        for path, (content, mode, owner) in sorted(files.items()):
-            entry = tarfile.TarInfo(path.lstrip('/'))
-            entry.size, entry.mode, entry.uid, entry.gid = len(content), mode, owner, owner
-            archive.addfile(entry, io.BytesIO(content))
-    return target.getvalue()
+def is_bindable(address, port):
+    """Return whether nothing listens on a host port. An address that is not this machine's tells nothing, so
+    it passes."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # A connection in TIME_WAIT is no listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno not in (98, 13)  # EADDRINUSE, EACCES
+    return True

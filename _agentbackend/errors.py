@@ -131,7 +131,14 @@ class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
 class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
 
 
-class EngineUnavailable(DockerError): status = 503
+class EngineUnavailable(DockerError):
+    """An engine does not answer; `node` is that of several on which it is, '' for the only one."""
+
+    status = 503
+
+    def __init__(self, text, *, node=''):
+        super().__init__(text)
+        self.node = node
 
 
 class InstanceTaken(DockerError): status = 503

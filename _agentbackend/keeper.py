@@ -143,13 +143,18 @@ class Keeper:
         # Of those that were made or worked on meanwhile the lists tell an old state.
         for workspace_id in [item.id for item in self._state.all() if item.id not in (known - before) | busy]:
             with contextlib.suppress(WorkspaceNotFound, Superseded):  # of this one; the others go on
-                if not self._workspaces.has_job(workspace_id):
-                    self._resume(self._state.get(workspace_id), containers.get(workspace_id),
-                                 workspace_id in volumes)
+                try:
+                    if not self._workspaces.has_job(workspace_id):
+                        self._resume(self._state.get(workspace_id), containers.get(workspace_id),
+                                     workspace_id in volumes)
+                except EngineUnavailable as error:
+                    if not error.node:
+                        raise
+                    log.debug('Workspace %s is looked at when its node answers: %s', workspace_id, error)
 
     def _resume(self, workspace, container, has_volume):
-        """Go on with a workspace on which no job is at work."""
-        if self._workspaces.go_on(workspace):
+        """Go on with a workspace on which no job is at work. One whose node does not answer is left alone."""
+        if self._engine.away(workspace.node) or self._workspaces.go_on(workspace):
             return
         if workspace.status == ERROR and not workspace.ever_ran:
             if container or has_volume:
@@ -185,6 +190,8 @@ class Keeper:
         """Bring a settled record in line with the engine."""
         if container is not None and container.going:
             container = None
+        if container is not None and container.node != workspace.node:
+            self._state.update(workspace.id, flush=False, node=container.node)
         with contextlib.suppress(StateNotWritten):  # the change stands, and is written later
             if container is not None and container.up:
                 self._compare_with_running(workspace, container)
@@ -255,7 +262,8 @@ class Keeper:
                   'git_branch': value['gitBranch'], 'ttl_from': now, 'last_activity_at': now,
                   'ever_ran': True}
         found = self._found_in(container) if container else {
-            'name': value['name'], 'memory': self._config.workspace_memory, 'status': STOPPED}
+            'name': value['name'], 'memory': self._config.workspace_memory, 'status': STOPPED,
+            'node': value.get('node', '')}
         found.setdefault('password', secrets.token_urlsafe(12))
         # What the state file would refuse at the next start is refused here.
         self._state.adopt(record_of(Workspace, {**json.loads(value['spec']), **record, **found}))
@@ -273,7 +281,8 @@ class Keeper:
                  'env': read_shell_lines(read('env')),
                  'git_access': secrets_kept, 'setup': read('setup'), 'ssh_public_keys': keys,
                  'cpus': container.cpus,
-                 'memory': container.memory, 'container_id': container.id, 'status': RUNNING}
+                 'memory': container.memory, 'container_id': container.id, 'node': container.node,
+                 'status': RUNNING}
         return found | ({'password': password} if password else {})
 
     # The clock
@@ -301,14 +310,16 @@ class Keeper:
         asking = []
         for workspace in self._state.all():
             expires_at = workspace.expires_at or now + 1
-            if workspace.type == AGENT and workspace.status == RUNNING and expires_at <= now:
+            if workspace.type == AGENT and workspace.status == RUNNING and expires_at <= now and (
+                    not self._engine.away(workspace.node)):
                 asking.append(gevent.spawn(self._ask, workspace))
         # What runs in one of them may keep its own answer back, but not hold up the others.
         gevent.joinall(asking, timeout=ASK_TIMEOUT)
         gevent.killall(asking, block=False)
         self._workspaces.expire(now)
         for workspace in self._state.all():
-            if workspace.status not in SETTLED and not self._workspaces.has_job(workspace.id):
+            if workspace.status not in SETTLED and not self._workspaces.has_job(workspace.id) and (
+                    not self._engine.away(workspace.node)):
                 self._workspaces.go_on(workspace)
 
     def _ask(self, workspace):

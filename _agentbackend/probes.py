@@ -8,6 +8,7 @@ import time
 
 import gevent
 
+from _agentbackend.config import EVERYWHERE
 from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.engine import CODE_SERVER_PORT, SSH_PORT
 from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
@@ -59,11 +60,12 @@ class Probes:
 
     def __init__(self, config, engine):
         self._engine = engine
-        # Published ports have another address than the one they are bound to.
-        self._inside = bool(config.workspace_host)
         address = config.workspace_bind_address
-        # Where they are reached from here.
-        self.address = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(address, address)
+        # Where published ports are reached from here, '' where they have another address than the one that
+        # they are bound to.
+        here = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(address, address)
+        self._address = '' if config.workspace_host else here
+        self._everywhere = address in EVERYWHERE
         self._usage = {}  # workspace id -> its last measurement
         self._meters = {}  # workspace id -> greenlet
 
@@ -73,10 +75,12 @@ class Probes:
 
     def health(self, workspace, container_id):
         """Return the body of code-server's /healthz, or None when it does not answer."""
-        if self._inside:
+        node = self._engine.address(workspace.node)
+        address = node if node and self._everywhere else '' if node else self._address
+        if not address:
             url = f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'
             return self._ask_inside(container_id, ['curl', '--noproxy', '*', '-fsS', '-m', '2', url])
-        connection = http.client.HTTPConnection(self.address, workspace.ports['codeServer'], timeout=2)
+        connection = http.client.HTTPConnection(address, workspace.ports['codeServer'], timeout=2)
         try:
             # Whatever runs in there may answer in its place, and a byte at a time at that.
             with gevent.Timeout(PROBE_TIMEOUT, TimeoutError()):

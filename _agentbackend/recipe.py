@@ -2,7 +2,6 @@
 import json
 import re
 import shlex
-import socket
 
 from _agentbackend.drafts import CREDENTIALS, KEY
 from _agentbackend.engine import CODE_SERVER_PORT, PREFIX, SSH_PORT, USER, USER_ID
@@ -22,7 +21,7 @@ class Recipe:
     def __init__(self, config, engine):
         self._config = config
         self._engine = engine
-        self._cpus = None  # how many the engine has
+        self._cpus = {}  # node -> how many its engine has
 
     def name(self, workspace_name):
         """Return the name of a container: the engine itself refuses a second one, also from another
@@ -36,7 +35,7 @@ class Recipe:
 
     def is_free(self, port):
         """Return whether nothing listens on a host port that is to be published."""
-        return is_bindable(self._config.workspace_bind_address, port)
+        return self._engine.is_free(self._config.workspace_bind_address, port)
 
     def container(self, workspace, image, network):
         """Return the arguments of Engine.create_container for a record."""
@@ -101,18 +100,18 @@ class Recipe:
     def cpus_of(self, workspace):
         """Return how many cores a workspace may use: what it asks for, or the default as far as there are so
         many."""
-        return workspace.cpus or min(self._config.workspace_cpus, self._engine_cpus())
+        return workspace.cpus or min(self._config.workspace_cpus, self._engine_cpus(workspace.node))
 
-    def check_limits(self, body):
+    def check_limits(self, body, node=''):
         """Raise ValidationError for limits that the engine does not have."""
-        if (body.get('cpus') or 0) > self._engine_cpus():
+        if (body.get('cpus') or 0) > self._engine_cpus(node):
             raise refusal('cpus', f"is {body['cpus']:g}, which is more than this machine has "
-                                  f'({self._engine_cpus()})')
+                                  f'({self._engine_cpus(node)})')
 
-    def _engine_cpus(self):
-        if self._cpus is None:
-            self._cpus = self._engine.info()['cpus']
-        return self._cpus
+    def _engine_cpus(self, node):
+        if node not in self._cpus:
+            self._cpus[node] = self._engine.info(node)['cpus']
+        return self._cpus[node]
 
 
 def shell_lines(env):
@@ -137,17 +136,3 @@ def git_value(text):
     """Return a text as the value of a line in git's configuration."""
     escaped = text.replace('\\', r'\\').replace('"', r'\"')
     return f'"{escaped}"'
-
-
-def is_bindable(address, port):
-    """Return whether nothing listens on a host port. An address that is not this machine's tells nothing, so
-    it passes."""
-    family = socket.AF_INET6 if ':' in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # A connection in TIME_WAIT is no listener.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            return error.errno not in (98, 13)  # EADDRINUSE, EACCES
-    return True

@@ -51,6 +51,7 @@ class Workspace:
     last_activity_at: float = 0
     password: str = ''
     container_id: str = ''
+    node: str = ''  # the machine that it is on, where there are several
     ever_ran: bool = False
     error: str = ''
     warnings: list = field(default_factory=list)  # what its last start told that did not end well

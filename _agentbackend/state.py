@@ -140,12 +140,13 @@ class State(Mirror):
         self.try_flush()
         return result
 
-    def expire(self, now):
-        """Mark those whose time has come as deleting, and return their ids."""
+    def expire(self, now, *, may_end=lambda workspace: True):
+        """Mark those whose time has come, and that may end now, as deleting, and return their ids."""
         with self._lock:
             at_work = {run.workspace_id for run in self._open_runs.values() if run.state == RUNNING}
             due = [item for item in self._workspaces.values()
                    if item.status in SETTLED and item.expires_at is not None and item.expires_at <= now
+                   and may_end(item)
                    and not (item.type == AGENT and item.id in at_work)]
             for item in due:
                 item.status = DELETING

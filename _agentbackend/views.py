@@ -7,6 +7,7 @@ import time
 from json.encoder import encode_basestring
 
 from _agentbackend import VERSION
+from _agentbackend.config import EVERYWHERE
 from _agentbackend.dockerlog import STREAM_NAMES
 from _agentbackend.engine import USER
 from _agentbackend.images import BASE
@@ -30,15 +31,15 @@ def view_workspace(workspace):
             'template': workspace.template, 'codeServerPort': workspace.ports.get('codeServer'),
             'sshPort': workspace.ports.get('ssh'),
             'ports': custom, 'createdAt': view_time(workspace.created_at),
-            'expiresAt': view_time(workspace.expires_at)}
+            'expiresAt': view_time(workspace.expires_at), 'node': workspace.node or None}
 
 
-def view_workspace_details(workspace, usage, config, called):
+def view_workspace_details(workspace, usage, config, called, engine):
     """Return a workspace with everything that is known of it; `usage` is its last measurement or None,
-    `called` the name by which who asks knows this machine."""
-    address = config.workspace_bind_address
-    everywhere = address in ('0.0.0.0', '::')
-    host = config.workspace_host or (called or 'localhost' if everywhere else address)
+    `called` the name by which who asks knows this machine. The engine knows of its node."""
+    address, away = config.workspace_bind_address, engine.away(workspace.node)
+    host = engine.address(workspace.node) or config.workspace_host or (
+        called or 'localhost' if address in EVERYWHERE else address)
     shared = 0
     with contextlib.suppress(OSError):
         shared = len(config.shared_keys())
@@ -56,7 +57,7 @@ def view_workspace_details(workspace, usage, config, called):
         'gitCredentials': 'kept' if workspace.git_access else None,
         'sshKeys': len(workspace.ssh_public_keys) + shared,
         'env': sorted(workspace.env), 'cpus': workspace.cpus or None, 'memory': workspace.memory,
-        'labels': workspace.labels, 'error': workspace.error or None, 'warnings': workspace.warnings,
+        'labels': workspace.labels, 'error': workspace.error or away or None, 'warnings': workspace.warnings,
         'pending': ['ports'] if workspace.ports and workspace.wants_other_ports else [], 'ttl': workspace.ttl,
         'lastActivityAt': view_time(workspace.last_activity_at),
         'resources': view_usage(workspace, usage)}

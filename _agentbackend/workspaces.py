@@ -160,7 +160,7 @@ class Workspaces:
         changes = changes_of(workspace, body)
         limits = {'cpus', 'memory'} & body.keys()
         if limits:
-            self.recipe.check_limits(body)
+            self.recipe.check_limits(body, workspace.node)
         container = self._engine.find(workspace.id) if limits or IN_FILES & changes.keys() else None
         if 'name' in body and body['name'] != workspace.name:
             self._rename(workspace, body['name'])
@@ -209,7 +209,8 @@ class Workspaces:
 
     def expire(self, now):
         """Delete the workspaces whose time has come."""
-        for workspace_id in self._state.expire(now):
+        # What goes on in a workspace is not known while its node does not answer.
+        for workspace_id in self._state.expire(now, may_end=lambda item: not self._engine.away(item.node)):
             log.info('Workspace %s has expired.', workspace_id)
             self._announce(self._state.get(workspace_id))
             self._begin(workspace_id, self._tear_down)
@@ -223,9 +224,9 @@ class Workspaces:
     def _reachable(self, id_or_name):
         """Return the record once the engine has answered: so no other call comes between looking at it and
         changing it."""
-        self._state.get(id_or_name)
+        workspace = self._state.get(id_or_name)
         self._claim.check()
-        self._engine.ping()
+        self._engine.ping(workspace.node)
         return self._state.get(id_or_name)
 
     def _set_out(self, workspace_id, status, steps, **changes):
@@ -259,7 +260,7 @@ class Workspaces:
             log.debug('A job on %s was overtaken.', workspace_id)
         except BackendError as error:
             if isinstance(error, EngineUnavailable) or (
-                    isinstance(error, DockerError) and self._engine.is_leaving()):
+                    isinstance(error, DockerError) and self._is_leaving(workspace_id)):
                 # The status stays as it is; once the engine is back, the keeper goes on from there.
                 log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
             else:
@@ -272,6 +273,11 @@ class Workspaces:
             if self._jobs.get(workspace_id) is gevent.getcurrent():
                 del self._jobs[workspace_id]
                 self._cancelled.pop(workspace_id, None)
+
+    def _is_leaving(self, workspace_id):
+        with contextlib.suppress(WorkspaceNotFound):
+            return self._engine.is_leaving(self._state.get(workspace_id).node)
+        return False
 
     def _bring_up(self, workspace_id, cancelled):
         """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try
@@ -305,7 +311,7 @@ class Workspaces:
         if workspace.wants_other_ports:
             workspace = self._claim_ports(workspace)
         if container is not None and container.started and container.ports == set(workspace.ports.values()):
-            self._engine.start(container.id, self._make_network())
+            self._engine.start(container.id, self._make_network(workspace))
             return container.id
         if container is not None:
             # It publishes other ports, or was never started: a crash may have come before its files were in
@@ -326,7 +332,7 @@ class Workspaces:
                               'the workspace.')
         for volume in (self._engine.volume_of(workspace.id), self._engine.home_of(workspace.id)):
             self._engine.create_volume(volume, self.recipe.labels(workspace))
-        avoid, network = set(), self._make_network()
+        avoid, network = set(), self._make_network(workspace)
         for attempt in range(1, PORT_ATTEMPTS + 1):
             with self._turns[workspace.id]:  # a PATCH is in the record before, or finds the container
                 workspace = self._still(workspace.id, CREATING, cancelled)
@@ -346,11 +352,11 @@ class Workspaces:
                 avoid |= self._engine.taken()[1]
                 workspace = self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
 
-    def _make_network(self):
+    def _make_network(self, workspace):
         if self._config.workspace_network:
             return self._config.workspace_network
         with self._network:
-            return self._engine.create_network(isolated=True)
+            return self._engine.create_network(isolated=True, node=workspace.node)
 
     def _wait_until_ready(self, workspace_id, start, cancelled):
         """Wait until what the user will use answers; return False when it wants more ports first.

@@ -1,0 +1,148 @@
+"""A workspace whose node does not answer is not one that is gone. The engine here is one that is silent about
+some of its workspaces, as one of several would be that was cut off."""
+import contextlib
+import socket
+import time
+
+import gevent
+import pytest
+from conftest import objects_of, port_ranges, remove_objects
+
+import agentbackend
+from _agentbackend.dockerclient import DockerClient
+from _agentbackend.engine import Engine
+from _agentbackend.errors import EngineUnavailable
+
+AWAY = 'Node far does not answer since noon.'
+
+
+class Split(Engine):
+    """An engine whose workspaces named far-... stand on a node of their own, which may be cut off."""
+
+    cut = False
+
+    def away(self, node):
+        return AWAY if node == 'far' and self.cut else ''
+
+    def inspect(self, container_id):
+        found = super().inspect(container_id)
+        if found and '-far' in found.name:
+            object.__setattr__(found, 'node', 'far')
+            self._see('far')
+        return found
+
+    def containers(self):
+        with self._without_far():
+            return super().containers()
+
+    def volumes(self):
+        return {key: labels for key, labels in super().volumes().items()
+                if not (self.cut and 'far' in labels['agentbackend.name'])}
+
+    def has_volume(self, workspace_id):
+        self._see(self.nodes_of.get(workspace_id, ''))
+        return super().has_volume(workspace_id)
+
+    def remove(self, workspace_id):
+        self._see(self.nodes_of.get(workspace_id, ''))
+        super().remove(workspace_id)
+
+    def ping(self, node=''):
+        self._see(node)
+        super().ping()
+
+    def _see(self, node):
+        if self.away(node):
+            raise EngineUnavailable(AWAY, node=node)
+
+    @property
+    def nodes_of(self):
+        return {item.id: item.node for item in self.backend.state.all()}
+
+    @contextlib.contextmanager
+    def _without_far(self):
+        """A list lacks what is on a node that does not answer, and is none the worse for it."""
+        see, self._see = self._see, lambda node: None
+        ours, self._ours = self._ours, lambda *labels: [
+            item for item in Engine._ours(self, *labels) if not self.away(item.node)]
+        try:
+            yield
+        finally:
+            self._see, self._ours = see, ours
+
+
+def until(condition, timeout=20):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        gevent.sleep(0.05)
+
+
+@pytest.fixture
+def backend(tmp_path, templates_dir, docker_client, monkeypatch):
+    monkeypatch.setattr(agentbackend, 'Engine', Split)
+    instance = f'test-split-{time.time_ns() % 10**9}'
+    made = agentbackend.make_backend(agentbackend.Config.from_env(
+        {'INSTANCE': instance, 'STATE_DIR': str(tmp_path), 'TEMPLATES_DIR': str(templates_dir),
+         'PREBUILD': 'none', **port_ranges()}))
+    made.engine.backend = made
+    made.open()
+    until(lambda: made.keeper.connected)
+    yield made
+    made.engine.cut = False
+    made.close()
+    remove_objects(docker_client, instance)
+
+
+def status_of(backend, name):
+    with contextlib.suppress(agentbackend.errors.WorkspaceNotFound):
+        return backend.state.get(name).status
+
+
+def make(backend, **types):
+    for name, fields in types.items():
+        backend.workspaces.create({'name': name.replace('_', '-'), 'template': 'tiny', **fields})
+    until(lambda: {item.status for item in backend.state.all()} == {'running'})
+    backend.keeper.reconcile()
+
+
+def test_what_is_on_a_node_that_does_not_answer_is_left_as_it_is(backend, docker_client):
+    make(backend, near={}, far_kept={}, far_temp={'type': 'temporary'},
+         far_agent={'type': 'agent', 'ttl': 3600}, far_gone={})
+    before = {item.name: item for item in backend.state.all()}
+    assert {name: item.node for name, item in before.items()} == {
+        'near': '', 'far-kept': 'far', 'far-temp': 'far', 'far-agent': 'far', 'far-gone': 'far'}
+    backend.engine.cut = True
+    backend.keeper.reconcile()
+    backend.state.update(before['far-agent'].id, last_activity_at=time.time() - 4000)  # its time is over
+    gone, done = backend.workspaces.remove('far-gone', wait=5)
+    assert not done and gone.status == 'deleting'
+    for verb in (backend.workspaces.stop, backend.workspaces.restart, backend.workspaces.start):
+        with pytest.raises(EngineUnavailable, match='far does not answer') as told:
+            verb('far-kept')
+        assert told.value.status == 503
+    gevent.sleep(2.5)  # two sweeps
+    assert [status_of(backend, name) for name in before] == ['running'] * 4 + ['deleting']
+    shown = agentbackend.view_workspace_details(backend.state.get('far-kept'), None, backend.config, '',
+                                                backend.engine)
+    assert shown['error'] == AWAY and shown['status'] == 'running' and shown['node'] == 'far'
+    backend.workspaces.stop('near')  # the others notice nothing
+    until(lambda: status_of(backend, 'near') == 'stopped')
+    backend.engine.cut = False
+    backend.state.update(before['far-agent'].id, last_activity_at=time.time())
+    until(lambda: status_of(backend, 'far-gone') is None)
+    backend.keeper.reconcile()
+    for name in ('far-kept', 'far-temp', 'far-agent'):
+        now = backend.state.get(name)
+        assert (now.status, now.container_id, now.error) == ('running', before[name].container_id, '')
+    backend.workspaces.stop('far-temp')
+    until(lambda: status_of(backend, 'far-temp') is None)
+    instance = backend.config.instance
+    assert not [name for name in objects_of(docker_client, instance) if 'temp' in name or 'gone' in name]
+
+
+def test_a_port_is_free_as_far_as_is_known_of_the_engines_machine():
+    far, near = Engine(DockerClient(host='tcp://192.0.2.1:2376')), Engine(DockerClient())
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        assert far.is_free('127.0.0.1', port) and not near.is_free('127.0.0.1', port)
