@@ -35,9 +35,9 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     pages        the OpenAPI document, the dashboard and the reference
     views        records as the objects of the API, events as they go over the wire
     images       templates, and the images built from them
+    access       where the files of a workspace are reached, and how programs of ours run there
     engine       containers, volumes and networks on a Docker engine
     dockerclient docker-py, its errors in our words
-    access       where the files of a workspace are reached
     activity     what keeps workspaces alive just now
     state        workspaces and sessions in one locked dict each, mirrored to a file
     mirror       what keeps that file in step with them
@@ -85,7 +85,6 @@ from _agentbackend.clients import (
     Leaving,
     Streams,
     WebSocketClient,
-    counted,
     event_stream,
     log_stream,
     sse_stream,
@@ -130,6 +129,7 @@ from _agentbackend.terminals import Terminals
 from _agentbackend.views import (
     encode,
     view_activity,
+    view_failure,
     view_health,
     view_image,
     view_session,
@@ -275,10 +275,8 @@ def join_command(backend, call):
     more than 4 MiB may be under way (`taken` tells what has arrived), and what it prints, behind a byte that
     is 1 for stdout and 2 for stderr. It ends with its whole process group when the client leaves.
     """
-    need_websocket(call)
     backend.streams.admit()
     CommandClient(backend, call.websocket, backend.state.get(call.path['id'])).run()
-    return Reply({})
 
 
 def list_commands(backend, call):
@@ -313,7 +311,7 @@ def read_command(backend, call):
     leaving = Leaving()
 
     def pieces():
-        with counted(backend.streams):
+        with backend.streams.opened(leaving):
             yield from leaving.parts(parts)
     return Reply(stream=Closing(pieces(), leaving, call.watch_disconnect),
                  headers={'Content-Type': OCTETS, **DOWNLOADED})
@@ -479,14 +477,12 @@ def delete_session(backend, call):
 
 def open_websocket(backend, call):
     """Talk over a WebSocket: subscribe to workspaces, and receive their events."""
-    need_websocket(call)
     try:
         backend.streams.admit(trusted=call.trusted)
     except errors.TooMany as error:
         call.websocket.close(1013, str(error))
-        return Reply({})
+        return
     WebSocketClient(backend, call.websocket, call.trusted).run()
-    return Reply({})
 
 
 def open_terminal(backend, call):
@@ -495,12 +491,10 @@ def open_terminal(backend, call):
     Binary messages are what is typed and what is printed. The same `name` finds the same terminal again, with
     the last 256 KB that it printed: it goes on without client and server until its program ends.
     """
-    need_websocket(call)
     backend.streams.admit()
     query = {'name': 'main', 'cols': 80, 'rows': 24, 'command': '', **call.query}
     query.pop('ticket', None)
     TerminalClient(backend, call.websocket, backend.state.get(call.path['id']), **query).run()
-    return Reply({})
 
 
 def list_terminals(backend, call):
@@ -564,14 +558,6 @@ def show_page(backend, call, name=None):
     return Reply(stream=[page.read()], headers=page.headers)
 
 
-def need_websocket(call):
-    """Raise UpgradeRequired when a call is not for a WebSocket."""
-    if call.websocket is None:
-        raise errors.UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, '
-                                     'Sec-WebSocket-Version: 13 and a proper key.',
-                                     headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
-
-
 def show_workspace(backend, call, workspace):
     """Return the reply that shows all of a workspace."""
     return Reply(view_workspace_details(workspace, backend.probes.usage(workspace.id), backend.config,
@@ -585,15 +571,14 @@ def show_session(backend, session, status=200):
 
 DOWNLOADED = {'X-Content-Type-Options': 'nosniff', 'Content-Security-Policy': 'sandbox'}
 ENGINE_TROUBLE = (errors.DockerError, errors.EngineUnavailable)
-WORK_ERRORS = (errors.WorkspaceNotFound, errors.WorkspaceNotRunning, *ENGINE_TROUBLE)
-TALK_ERRORS = (errors.UpgradeRequired, errors.WorkspaceNotFound, errors.WorkspaceNotRunning, errors.TooMany)
-COMMAND_ERRORS = (*WORK_ERRORS, errors.ExecNotFound)
+WORK_ERRORS = (errors.WorkspaceNotRunning, *ENGINE_TROUBLE)
+TALK_ERRORS = (errors.WorkspaceNotRunning, errors.TooMany)
 FILE_ANSWERS = ('file-list', *ARCHIVES.values(), ANY_TYPE)
 FILE_ERRORS = (*WORK_ERRORS, errors.FileMissing, errors.FileExists, errors.NotAFolder, errors.NotAFile)
 CHANGE = {'tag': 'Workspaces', 'query': 'wait-query', 'becomes': RUNNING, 'answers': {202: 'workspace'},
-          'errors': (*WORK_ERRORS, errors.WaitTimeout)}
+          'errors': WORK_ERRORS}
 TASK_ANSWERS = {200: EVENT_STREAM, 202: 'task-accepted'}
-TASK_ERRORS = (*WORK_ERRORS, errors.SessionBusy, errors.TooMany)
+TASK_ERRORS = (errors.WorkspaceNotFound, *WORK_ERRORS, errors.SessionBusy, errors.TooMany)
 PAGE = {'open': True, 'bare': True, 'headers': ('ETag',)}
 ROUTES = (
     Route('GET', '/api/workspaces', list_workspaces, query='workspace-list-query', tag='Workspaces',
@@ -601,29 +586,24 @@ ROUTES = (
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
           tag='Workspaces', becomes=RUNNING, answers={201: 'workspace'}, headers=('Location',),
           errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
-                  errors.WaitTimeout, *ENGINE_TROUBLE)),
+                  *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
     Route('GET', '/api/workspaces/<id>', get_workspace, query='wait-query', tag='Workspaces',
-          answers={200: 'workspace-details'},
-          errors=(errors.WorkspaceNotFound, errors.WorkspaceNotRunning, errors.WaitTimeout)),
+          answers={200: 'workspace-details'}, errors=(errors.WorkspaceNotRunning,)),
     Route('PATCH', '/api/workspaces/<id>', update_workspace, body='workspace-update', tag='Workspaces',
-          answers={200: 'workspace-details'},
-          errors=(*WORK_ERRORS, errors.WorkspaceAlreadyExists)),
+          answers={200: 'workspace-details'}, errors=(*WORK_ERRORS, errors.WorkspaceAlreadyExists)),
     Route('DELETE', '/api/workspaces/<id>', delete_workspace, tag='Workspaces',
-          answers={200: 'workspace-deleted', 202: 'workspace-deleted'},
-          errors=(errors.WorkspaceNotFound, *ENGINE_TROUBLE)),
+          answers={200: 'workspace-deleted', 202: 'workspace-deleted'}, errors=ENGINE_TROUBLE),
     Route('POST', '/api/workspaces/<id>/start', start_workspace, **CHANGE),
     Route('POST', '/api/workspaces/<id>/retry', retry_workspace, body='workspace-retry',
           query='wait-query', tag='Workspaces', becomes=RUNNING, answers={202: 'workspace'},
-          errors=(*WORK_ERRORS, errors.PortExhausted, errors.WaitTimeout)),
+          errors=(*WORK_ERRORS, errors.PortExhausted)),
     Route('POST', '/api/workspaces/<id>/stop', stop_workspace, **CHANGE | {'becomes': STOPPED}),
     Route('POST', '/api/workspaces/<id>/restart', restart_workspace, **CHANGE),
     Route('GET', '/api/workspaces/<id>/events', follow_workspace, query='events-query', tag='Workspaces',
-          answers={200: EVENT_STREAM},
-          errors=(errors.WorkspaceNotFound, errors.TooMany)),
+          answers={200: EVENT_STREAM}, errors=(errors.TooMany,)),
     Route('GET', '/api/workspaces/<id>/logs', read_log, query='logs-query', tag='Workspaces',
-          answers={200: PLAIN_TEXT},
-          errors=(errors.WorkspaceNotFound, errors.TooMany, *ENGINE_TROUBLE)),
+          answers={200: PLAIN_TEXT}, errors=(errors.TooMany, *ENGINE_TROUBLE)),
     Route('POST', '/api/workspaces/<id>/exec', run_command, body='exec', query='exec-query',
           tag='Commands', answers={200: ('exec-result', StreamOf('exec-event'), OCTETS), 202: 'exec-run'},
           errors=(*WORK_ERRORS, errors.TooMany)),
@@ -632,13 +612,13 @@ ROUTES = (
     Route('GET', '/api/workspaces/<id>/exec/ws', join_command, tag='Commands', answers={101: None},
           talk=('exec', 'exec-talk'), errors=TALK_ERRORS),
     Route('GET', '/api/workspaces/<id>/exec/<exec_id>', get_command, tag='Commands',
-          answers={200: 'exec-run'}, errors=COMMAND_ERRORS),
+          answers={200: 'exec-run'}, errors=WORK_ERRORS),
     Route('DELETE', '/api/workspaces/<id>/exec/<exec_id>', delete_command, tag='Commands',
-          answers={200: 'exec-deleted'}, errors=COMMAND_ERRORS),
+          answers={200: 'exec-deleted'}, errors=WORK_ERRORS),
     Route('POST', '/api/workspaces/<id>/exec/<exec_id>/signal', signal_command, body='exec-signal',
-          tag='Commands', answers={200: 'exec-run'}, errors=COMMAND_ERRORS),
+          tag='Commands', answers={200: 'exec-run'}, errors=WORK_ERRORS),
     Route('GET', '/api/workspaces/<id>/exec/<exec_id>/output', read_command, query='exec-output-query',
-          tag='Commands', answers={200: OCTETS}, errors=(*COMMAND_ERRORS, errors.TooMany)),
+          tag='Commands', answers={200: OCTETS}, errors=(*WORK_ERRORS, errors.TooMany)),
     Route('GET', '/api/workspaces/<id>/files', list_files, query='file-query', tag='Commands',
           answers={200: FILE_ANSWERS}, errors=FILE_ERRORS),
     Route('PUT', '/api/workspaces/<id>/files', fill_project, query='file-put-query', tag='Commands',
@@ -658,34 +638,27 @@ ROUTES = (
     Route('GET', '/api/workspaces/<id>/terminals', list_terminals, tag='Commands',
           answers={200: 'terminal-list'}, errors=WORK_ERRORS),
     Route('DELETE', '/api/workspaces/<id>/terminals/<name>', end_terminal, tag='Commands',
-          answers={200: 'terminal-ended'},
-          errors=(*WORK_ERRORS, errors.TerminalNotFound)),
+          answers={200: 'terminal-ended'}, errors=(*WORK_ERRORS, errors.TerminalNotFound)),
     Route('GET', '/api/workspaces/<id>/git', get_git, tag='Commands', answers={200: 'git'},
           errors=WORK_ERRORS),
     Route('GET', '/api/workspaces/<id>/git/diff', get_diff, query='diff-query', tag='Commands',
-          answers={200: PLAIN_TEXT},
-          errors=(*WORK_ERRORS, errors.TooMany)),
-    Route('GET', '/api/workspaces/<id>/activity', get_activity, tag='Workspaces', answers={200: 'activity'},
-          errors=(errors.WorkspaceNotFound,)),
+          answers={200: PLAIN_TEXT}, errors=(*WORK_ERRORS, errors.TooMany)),
+    Route('GET', '/api/workspaces/<id>/activity', get_activity, tag='Workspaces', answers={200: 'activity'}),
     Route('POST', '/api/agent/execute', execute_task, body='agent-execute', tag='Agents',
-          answers=TASK_ANSWERS, errors=TASK_ERRORS,
-          headers=('X-Session-Id', 'X-Run-Id', 'Location')),
+          answers=TASK_ANSWERS, errors=TASK_ERRORS, headers=('X-Session-Id', 'X-Run-Id', 'Location')),
     Route('GET', '/api/agent/sessions', list_sessions, query='session-list-query', tag='Agents',
           answers={200: 'session-list'}, errors=(errors.WorkspaceNotFound,)),
-    Route('GET', '/api/agent/sessions/<id>', get_session, tag='Agents', answers={200: 'session-details'},
-          errors=(errors.SessionNotFound,)),
+    Route('GET', '/api/agent/sessions/<id>', get_session, tag='Agents', answers={200: 'session-details'}),
     Route('GET', '/api/agent/sessions/<id>/events', get_transcript, query='transcript-query', tag='Agents',
-          answers={200: 'transcript'},
-          errors=(errors.SessionNotFound, *ENGINE_TROUBLE)),
+          answers={200: 'transcript'}, errors=ENGINE_TROUBLE),
     Route('POST', '/api/agent/sessions/<id>/cancel', cancel_session, tag='Agents',
-          answers={202: 'session-details'}, errors=(errors.SessionNotFound,)),
+          answers={202: 'session-details'}),
     Route('DELETE', '/api/agent/sessions/<id>', delete_session, tag='Agents',
-          answers={200: 'session-deleted'},
-          errors=(errors.SessionNotFound, errors.SessionBusy, *ENGINE_TROUBLE)),
+          answers={200: 'session-deleted'}, errors=(errors.SessionBusy, *ENGINE_TROUBLE)),
     Route('GET', '/agent/sse/<session_id>', follow_session, query='session-events-query', tag='Agents',
           answers={200: EVENT_STREAM}, errors=(errors.TooMany,)),
     Route('GET', '/agent/ws', open_websocket, open=True, tag='Streams', answers={101: None},
-          talk=('websocket-message', 'any-event'), errors=(errors.UpgradeRequired,)),
+          talk=('websocket-message', 'any-event')),
     Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
     Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
     Route('GET', '/api/templates/<name>/log', read_build_log, tag='Server', answers={200: PLAIN_TEXT},
@@ -779,7 +752,7 @@ def make_app(backend):
             route.handler(backend, Call(path, query, None, trusted, None, websocket=websocket))
         except errors.BackendError as error:
             with contextlib.suppress(WebSocketError):
-                told = {'type': 'error', 'code': error.code, 'message': str(error)}
+                told = {'type': 'error', **view_failure(error)}
                 websocket.send_frame(encode(told)[:-1], websocket.OPCODE_TEXT)
             websocket.close(POLICY, 'refused')
     application = Application(backend, ROUTES)

@@ -1,7 +1,6 @@
 """Who listens: SSE and WebSocket clients."""
 import collections
 import contextlib
-import io
 import itertools
 import logging
 import time
@@ -15,13 +14,13 @@ from _agentbackend.feeds import DEFAULT_TAIL, HEARTBEAT, EverythingFeed, Workspa
 from _agentbackend.gate import WRONG_TOKEN, same_secret
 from _agentbackend.positions import Cursor, LogPosition
 from _agentbackend.schemas import parse_json
+from _agentbackend.talks import Listener
 from _agentbackend.timing import Turn, with_pauses
-from _agentbackend.views import RETRY, encode
-from _agentbackend.wire import GOING_AWAY, POLICY, WebSocketError
+from _agentbackend.views import RETRY, encode, view_failure
+from _agentbackend.wire import POLICY, WebSocketError
 
 log = logging.getLogger('agentbackend')
 
-PING_PAUSE = 20  # seconds without a word from a WebSocket client until it is asked for a sign of life
 MAX_SUBSCRIPTIONS = 100  # of one WebSocket
 MAX_STRANGERS = 100  # WebSockets that have yet to show the token
 AUTH_TIMEOUT = 10  # seconds they have for that
@@ -87,13 +86,6 @@ class Streams:
             gevent.sleep(CHECK_PAUSE)
             for stream in self._all():
                 getattr(stream, 'check', lambda: None)()
-
-
-@contextlib.contextmanager
-def counted(streams):
-    """Count an answer that may be long among the streams for the length of a block."""
-    with streams.opened(io.BytesIO()):  # has a close()
-        yield
 
 
 class Leaving:
@@ -181,7 +173,7 @@ def log_stream(backend, workspace, call):
 
 def log_text(backend, parts, position):
     """Yield lists of lines of a log, as far as they come behind a position, as plain text."""
-    with counted(backend.streams):
+    with backend.streams.opened(Leaving()):
         for lines in parts:
             yield plain(backend.events.redact_lines(position.advance(lines))).encode('utf-8', 'replace')
 
@@ -195,13 +187,12 @@ def text_stream(opened):
                 return
 
 
-class WebSocketClient:
+class WebSocketClient(Listener):
     """One client of /agent/ws: its greenlet reads, and another one writes as long as there is something to
     write."""
 
     def __init__(self, backend, socket, trusted):
-        self._backend = backend
-        self._socket = socket
+        super().__init__(backend, socket)
         self._trusted = trusted
         self._came_at = time.monotonic()
         self._feeds = {}  # topic -> Feed
@@ -209,7 +200,6 @@ class WebSocketClient:
         self._held = collections.defaultdict(list)  # feed that catches up -> what was held for it
         self._writer = None
         self._due = gevent.event.Event()
-        self._ping_is_due = False
 
     def run(self):
         """Serve the client until it leaves."""
@@ -227,21 +217,11 @@ class WebSocketClient:
                     self._writer.kill(block=False)
                 self._socket.close()
 
-    def close(self):
-        """Tell the client that the server goes away."""
-        self._socket.close(GOING_AWAY, 'the server is stopping')
-
     def check(self):
-        """Drop a client that has not been heard of for long, or shows no token; ask one that is silent for a
-        sign of life."""
+        """Drop also a client that shows no token."""
         if not self._trusted and time.monotonic() - self._came_at > AUTH_TIMEOUT:
             gevent.spawn(self._socket.close, POLICY, f'no token came within {AUTH_TIMEOUT} s')
-        silent = time.monotonic() - self._socket.last_heard
-        if silent > 3 * PING_PAUSE:
-            self._socket.abort()
-        elif silent > PING_PAUSE:
-            self._ping_is_due = True
-            self._wake()
+        super().check()
 
     # What the client says
 
@@ -260,8 +240,7 @@ class WebSocketClient:
         """Say what was wrong; the connection stays, but for a client that is not allowed here."""
         about = message.get('workspaceId') if isinstance(message, dict) else None
         about = about if isinstance(about, str) and len(about) <= 100 else None
-        self._say('error', about, {'code': error.code, 'message': str(error)}
-                  | ({'details': error.details} if error.details else {}))
+        self._say('error', about, view_failure(error))
         if isinstance(error, Unauthorized):
             self._socket.close(POLICY, 'unauthorized')
 
@@ -323,9 +302,6 @@ class WebSocketClient:
         try:
             while not self._socket.closed:
                 self._due.clear()
-                if self._ping_is_due:
-                    self._ping_is_due = False
-                    self._socket.ping()
                 for feed in [feed for feed in self._feeds.values() if feed not in self._catching_up]:
                     batches = feed.take()
                     self._send(self._untold(batches) if feed.name == EVERYTHING else batches)
@@ -366,7 +342,7 @@ class WebSocketClient:
         except WebSocketError as error:
             log.debug('A WebSocket client is gone: %s', error)
         except BackendError as error:
-            self._say('error', feed.name, {'code': error.code, 'message': str(error)})
+            self._say('error', feed.name, view_failure(error))
         finally:
             self._catching_up.discard(feed)
             self._held.pop(feed, None)

@@ -8,7 +8,7 @@ import time
 from _agentbackend.access import not_running
 from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import USER
-from _agentbackend.errors import DockerError, ExecNotFound, TooMany, refusal
+from _agentbackend.errors import ExecNotFound, TooMany, refusal
 from _agentbackend.execs import environment, stdin_of, told
 from _agentbackend.records import RUNNING
 from _agentbackend.timing import cooperatively, known_time, parse_time, view_time
@@ -17,19 +17,6 @@ MAX_LISTED = 2**22  # bytes of what describes commands
 MAX_LINE = 2**20  # bytes of a line of agent-run's log, which makes none that is longer
 START_TIME = 30  # seconds that a command may take until its keeper is seen
 EXEC_ID = re.compile(r'exec-[0-9a-f]{16}')
-FULL = 75  # exit status of PREPARE
-# Makes the folder of a command: what describes it and what it is to read come on stdin, so many bytes each.
-PREPARE = r'''
-command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
-count=0
-for folder in "${1%/*}"/exec-*; do
-  [ ! -e "$folder/exit" ] && [ -f "$folder/keeper" ] || continue
-  kill -s 0 "$(timeout 2 head -c 20 "$folder/keeper")" && count=$((count + 1))
-done 2>/dev/null
-[ "$count" -lt "$4" ] || exit 75
-umask 077; mkdir -p "$1" && head -c "$2" >"$1/meta" && head -c "$3" >"$1/task" || exit
-if [ -x /usr/local/lib/agentbackend/bash ]; then echo /usr/local/lib/agentbackend/bash; else command -v sh; fi
-'''
 # Prints a line for each command: its id, how it stands, when it ended, and what describes it. Its files may
 # be anything by now, also such as never end, or have no beginning.
 LIST = r'''
@@ -80,7 +67,12 @@ class Detached:
                 raise not_running(workspace)
             meta = {'command': told(body), 'cwd': folder, 'startedAt': time.time(),
                     'boot': container.started_at}
-            shell = self._prepare(container, exec_id, json.dumps(meta).encode(), data)
+            limit = self._config.exec_max_commands
+            shell = self._runs.prepare(container, exec_id, data, asked='detach',
+                                       meta=json.dumps(meta).encode(), limit=limit)
+            if shell is None:
+                raise TooMany(f'EXEC_MAX_COMMANDS={limit} detached commands are running in this workspace; '
+                              'wait for one to finish.', headers={'Retry-After': '10'})
             words = ['sh', '-c', SHELL, 'sh', folder, *self._words(shell, body)]
             self._runs.start(container, exec_id, shell, words, env=environment(USER, body),
                              workdir=self._config.workspace_base_path)
@@ -142,27 +134,7 @@ class Detached:
         with self._access.container(workspace) as container_id:
             if found['state'] == 'running':
                 self._engine.run(container_id, ['agent-sweep', exec_id, 'keeper'], user=USER)
-            code, _ = self._engine.run(container_id, ['rm', '-rf', self._runs.folder(exec_id)], user=USER)
-        if code != 0:
-            raise DockerError(f'What {exec_id} has written could not be deleted: rm ended with '
-                              f'status {code}.')
-
-    def _prepare(self, container, exec_id, meta, data):
-        limit = self._config.exec_max_commands
-        code, said = self._engine.run(container.id, [
-            'sh', '-c', PREPARE, 'sh', self._runs.folder(exec_id), str(len(meta)), str(len(data)),
-            str(limit)], user=USER, stdin=meta + data)
-        said = said.decode('utf-8', 'replace').strip()
-        if code == FULL:
-            raise TooMany(f'EXEC_MAX_COMMANDS={limit} detached commands are running in this workspace; wait '
-                          'for one to finish.', headers={'Retry-After': '10'})
-        if code == 127 or 'unable to find user' in said:
-            raise refusal('detach', 'needs agent-run and the user dev, which the image of this workspace has '
-                                    'not')
-        if code != 0 or not said:
-            raise DockerError('The command could not be prepared in the workspace: '
-                              f'{said[-500:] or "the engine lost what was printed; try again"}')
-        return said.splitlines()[-1]
+            self._runs.remove(container_id, [exec_id])
 
     @staticmethod
     def _words(shell, body):

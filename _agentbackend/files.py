@@ -7,10 +7,10 @@ import mimetypes
 import re
 import urllib.parse
 from email.utils import formatdate
-from pathlib import Path
 
 import gevent
 
+from _agentbackend.access import check_program, program
 from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import USER
 from _agentbackend.errors import (
@@ -28,8 +28,7 @@ from _agentbackend.errors import (
 )
 from _agentbackend.timing import Turn
 
-PROGRAM = (Path(__file__).parent / 'inside' / 'files.py').read_bytes()
-LOADER = 'import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), "files", "exec"))'
+PROGRAM, COMMAND = program('files')
 DONE = b'\0done'
 MAX_HEAD = 2**16  # bytes of a line of its answer
 CODES = {'FILE_NOT_FOUND': FileMissing, 'FILE_EXISTS': FileExists, 'NOT_A_FOLDER': NotAFolder,
@@ -81,9 +80,7 @@ class Work:
             value = json.loads(line)
         except ValueError:
             said = (line + self._said).decode('utf-8', 'replace')
-            if 'executable file not found' in said or 'unable to find user' in said:
-                raise refusal('path', 'needs python3 and the user dev, which the image of this workspace has '
-                                      'not') from None
+            check_program(said, 'path')
             raise DockerError('The files could not be reached: '
                               f'{said[-500:].strip() or "no answer"}') from None
         if not value['ok']:
@@ -137,16 +134,11 @@ class Files:
         self._access = access
         self._activity = activity
 
-    def open(self, workspace, path, *, archive=None, content=True):
-        """Return (Work, what it tells) of a file, a folder, or a tree as an archive; the Work is to be
-        closed."""
-        return self._begin(workspace, 'read', path, archive=archive, content=content)
-
     def answer(self, workspace, call):
         """Return (parts, Work, headers, status) of the answer to a routing.Call for a file, for what is in a
         folder, or for an archive; the Work is to be closed."""
         path, archive = call.path.get('path', ''), call.query.get('archive')
-        work, told = self.open(workspace, path, archive=archive, content=call.method != 'HEAD')
+        work, told = self._begin(workspace, 'read', path, archive=archive, content=call.method != 'HEAD')
         name = path.rstrip('/').rpartition('/')[2] or call.path['id']
         if archive:
             return work.rest(), work, {'Content-Type': ARCHIVES[archive],
@@ -206,7 +198,7 @@ class Files:
             stack.enter_context(self._activity.during(workspace.id, 'files', f'{kind} {relative}'[:200]))
             container_id = stack.enter_context(self._access.container(workspace))
             attached = stack.enter_context(self._engine.attached(
-                container_id, ['python3', '-I', '-S', '-c', LOADER, str(len(PROGRAM))], user=USER))
+                container_id, COMMAND, user=USER))
             work = Work(stack, attached, path or '.')
             sending = gevent.spawn(work.send, PROGRAM + line)
             told = work.answer()

@@ -12,17 +12,22 @@ from pathlib import Path
 from _agentbackend import VERSION
 from _agentbackend.errors import (
     BackendError,
+    ExecNotFound,
     Forbidden,
     IdempotencyConflict,
     KeyReused,
     NotFound,
     PayloadTooLarge,
     RequestTimeout,
+    SessionNotFound,
     StateNotWritten,
     Unauthorized,
     UnsupportedMediaType,
+    UpgradeRequired,
     UriTooLong,
     ValidationError,
+    WaitTimeout,
+    WorkspaceNotFound,
 )
 from _agentbackend.views import RETRY
 
@@ -34,6 +39,8 @@ EVENT_STREAM, PLAIN_TEXT, JSON_TYPE = 'text/event-stream', 'text/plain', 'applic
 OCTETS, ANY_TYPE = 'application/octet-stream', '*/*'
 EVERYWHERE = (ValidationError, UriTooLong, Forbidden, BackendError)  # errors that each route has
 WITH_A_BODY = (RequestTimeout, PayloadTooLarge, UnsupportedMediaType)
+MISSING = {'/workspaces/<id>': WorkspaceNotFound, '/sessions/<id>': SessionNotFound,
+           '<exec_id>': ExecNotFound}  # part of a path -> the error when there is no such thing
 HEADERS_OF_ERRORS = {401: 'WWW-Authenticate', 429: 'Retry-After'}
 
 
@@ -215,7 +222,10 @@ def example_of(documents, name):
 
 def errors_of(route):
     """Return the errors that a route may answer with."""
-    return {*EVERYWHERE, *route.errors, *(() if route.open else (Unauthorized,)),
+    return {*EVERYWHERE, *route.errors, *(error for part, error in MISSING.items() if part in route.path),
+            *((UpgradeRequired,) if route.websocket else ()),
+            *((WaitTimeout,) if route.query == 'wait-query' else ()),
+            *(() if route.open else (Unauthorized,)),
             *(WITH_A_BODY if route.body else ()), *((RequestTimeout,) if route.upload else ()),
             *(() if route.method == 'GET' else (StateNotWritten,)),
             *((IdempotencyConflict, KeyReused) if route.method == 'POST' else ())}

@@ -13,6 +13,7 @@ from _agentbackend.errors import (
     MethodNotAllowed,
     NotFound,
     UnsupportedMediaType,
+    UpgradeRequired,
     ValidationError,
     internal_error,
     quoted,
@@ -182,6 +183,10 @@ def endpoint(backend, route):
         environ, trailers = bottle.request.environ, {}
         try:
             call = asked(environ, path, trailers)
+            if route.websocket:  # and this is none, since those do not come by here
+                raise UpgradeRequired('This is a WebSocket: connect with Upgrade: websocket, '
+                                      'Sec-WebSocket-Version: 13 and a proper key.',
+                                      headers={'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'})
             if route.method == 'POST' and 'HTTP_IDEMPOTENCY_KEY' in environ:
                 reply = answer_once(backend, environ, lambda: route.handler(backend, call))
             else:

@@ -13,12 +13,21 @@ STAMPED, PLAIN = b'\x06', b'\x05'  # agent-run's log; the agent's stdout alone, 
 SIGNAL_TIMEOUT = 5  # seconds that it may take to send a signal
 FOLDERS_AT_ONCE = 500  # that one command deletes
 MAX_STATUS = 100  # bytes
-# Makes the folder of a run and takes its input from stdin, so many bytes: arguments would show in the
-# engine's events. Prints the shell in which the command is to run, which knows the workspace's environment.
-PREPARE = '''
-command -v agent-run >/dev/null || { echo "agent-run"; exit 127; }
-command -v "$2" >/dev/null || { echo "$2"; exit 127; }
-umask 077; mkdir -p "$1" && head -c "$3" >"$1/task" || exit
+FULL = 75  # exit status of PREPARE
+# Makes the folder of a run and takes from stdin what describes it and its input, so many bytes each:
+# arguments would show in the engine's events. Prints the shell in which the command is to run, which knows
+# the workspace's environment. With a limit it does so only while fewer detached commands are at work.
+PREPARE = r'''
+for program in agent-run "$2"; do command -v "$program" >/dev/null || { echo "$program"; exit 127; }; done
+count=0
+[ "$5" = 0 ] || for folder in "${1%/*}"/exec-*; do
+  [ ! -e "$folder/exit" ] && [ -f "$folder/keeper" ] || continue
+  kill -s 0 "$(timeout 2 head -c 20 "$folder/keeper")" && count=$((count + 1))
+done 2>/dev/null
+[ "$5" = 0 ] || [ "$count" -lt "$5" ] || exit 75
+umask 077; mkdir -p "$1" || exit
+[ "$3" = 0 ] || head -c "$3" >"$1/meta" || exit
+head -c "$4" >"$1/task" || exit
 if [ -x /usr/local/lib/agentbackend/bash ]; then echo /usr/local/lib/agentbackend/bash; else command -v sh; fi
 '''
 # Prints what the run has written from a byte on, as it comes; ends with the run, and then prints its status
@@ -77,16 +86,20 @@ class Runs:
         """Return the folder of a run inside its workspace."""
         return f'{self._base_path}/.agentbackend/runs/{run_id}'
 
-    def prepare(self, container, run_id, program, data):
-        """Make the folder of a run with its input, and return the shell for its command; raise
-        ValidationError when the image lacks what it needs."""
-        command = ['sh', '-c', PREPARE, 'sh', self.folder(run_id), program, str(len(data))]
-        code, said = self._engine.run(container.id, command, user=USER, stdin=data)
+    def prepare(self, container, run_id, data, *, asked='agent', program='agent-run', meta=b'', limit=0):
+        """Make the folder of a run with its input, and return the shell for its command, or None when `limit`
+        detached commands are at work; raise ValidationError of what was asked when the image lacks what it
+        needs."""
+        command = ['sh', '-c', PREPARE, 'sh', self.folder(run_id), program, str(len(meta)), str(len(data)),
+                   str(limit)]
+        code, said = self._engine.run(container.id, command, user=USER, stdin=meta + data)
         said = said.decode('utf-8', 'replace').strip()
+        if code == FULL:
+            return None
         if 'unable to find user' in said:  # the engine says that in the place of the command
-            raise refusal('agent', f'needs the user {USER}, whom the image of this workspace has not')
+            raise refusal(asked, f'needs the user {USER}, whom the image of this workspace has not')
         if code == 127:
-            raise refusal('agent', f'needs {said}, which the image of this workspace has not')
+            raise refusal(asked, f'needs {said}, which the image of this workspace has not')
         if code != 0 or not said:
             raise DockerError('The run could not be prepared in the workspace: '
                               f'{said[-500:] or "the engine lost what was printed; try again"}')
@@ -146,14 +159,17 @@ class Runs:
         container = self._engine.find(workspace_id)
         if container is None or container.state != 'running':
             return False
+        self.remove(container.id, run_ids)
+        return True
+
+    def remove(self, container_id, run_ids):
+        """Delete what runs have written, by a command in a container with their volume."""
         for start in range(0, len(run_ids), FOLDERS_AT_ONCE):
             folders = [self.folder(run_id) for run_id in run_ids[start:start + FOLDERS_AT_ONCE]]
-            code, _ = self._engine.run(container.id, ['rm', '-rf', *folders], user=USER)
+            code, _ = self._engine.run(container_id, ['rm', '-rf', *folders], user=USER)
             if code != 0:
-                raise DockerError('What a task has written could not be deleted from workspace '
-                                  f'{workspace_id}: '
-                                  f'rm ended with status {code}.')
-        return True
+                raise DockerError('What a task or command has written could not be deleted: rm ended with '
+                                  f'status {code}.')
 
     def _in_container(self, workspace_id, boot, command):
         """Run a short command in the container of a run; return whether it was done, or there is nothing to

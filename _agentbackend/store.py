@@ -51,10 +51,11 @@ UNION SELECT record FROM runs WHERE open
 """
 RUNS = 'SELECT record FROM runs WHERE session_id = ? AND number > ? ORDER BY number LIMIT ?'
 BEGUN = 'SELECT record FROM runs WHERE workspace_id = ? AND serial >= ? ORDER BY serial'
+# Those of a stopped workspace have to wait for it, so not always the same ones are to come first.
 OUTDATED = """
-SELECT record FROM (SELECT record FROM runs WHERE ended_at IS NOT NULL AND NOT open
+SELECT record FROM (SELECT record FROM (SELECT record FROM runs WHERE ended_at IS NOT NULL AND NOT open
     ORDER BY ended_at DESC LIMIT -1 OFFSET ?)
-UNION SELECT record FROM runs WHERE ended_at < ? AND NOT open LIMIT 500
+UNION SELECT record FROM runs WHERE ended_at < ? AND NOT open) ORDER BY random() LIMIT 500
 """
 JSON_VERSION = 1  # of the file that earlier versions kept
 RENAMED = {'born': 'ever_ran'}  # fields that it has under another name

@@ -11,7 +11,7 @@ from _agentbackend.dockerlog import STDERR
 from _agentbackend.errors import BackendError, TooMany, ValidationError, refusal
 from _agentbackend.schemas import parse_json
 from _agentbackend.terminals import frame, frames_of
-from _agentbackend.views import encode
+from _agentbackend.views import encode, view_failure
 from _agentbackend.wire import BAD_DATA, GOING_AWAY, POLICY, SERVER_ERROR, WebSocketError
 
 log = logging.getLogger('agentbackend')
@@ -21,7 +21,31 @@ PING_PAUSE = 20  # seconds without a word until a client is asked for a sign of 
 WINDOW = 2**22  # bytes of stdin that may be under way
 
 
-class Talk:
+class Listener:
+    """A WebSocket client, counted among the streams: it is asked for a sign of life, and told of the end."""
+
+    def __init__(self, backend, socket):
+        self._backend = backend
+        self._socket = socket
+
+    def close(self):
+        """Tell the client that the server goes away."""
+        self._socket.close(GOING_AWAY, 'the server is stopping')
+
+    def check(self):
+        """Drop a client that has not been heard of for long; ask one that is silent for a sign of life."""
+        silent = time.monotonic() - self._socket.last_heard
+        if silent > 3 * PING_PAUSE:
+            self._socket.abort()
+        elif silent > PING_PAUSE:
+            gevent.spawn(self._ping)
+
+    def _ping(self):
+        with contextlib.suppress(WebSocketError):
+            self._socket.ping()
+
+
+class Talk(Listener):
     """A WebSocket client of one program: its greenlet reads what comes, another one writes what is printed.
 
     A subclass has `begun()`, a context manager that gives the program, anything with `cut()`;
@@ -30,8 +54,7 @@ class Talk:
     """
 
     def __init__(self, backend, socket, workspace):
-        self._backend = backend
-        self._socket = socket
+        super().__init__(backend, socket)
         self._workspace = workspace
         socket.take_up_to(MAX_MESSAGE)
 
@@ -51,18 +74,6 @@ class Talk:
             finally:
                 self._socket.close()
 
-    def close(self):
-        """Tell the client that the server goes away."""
-        self._socket.close(GOING_AWAY, 'the server is stopping')
-
-    def check(self):
-        """Drop a client that has not been heard of for long; ask one that is silent for a sign of life."""
-        silent = time.monotonic() - self._socket.last_heard
-        if silent > 3 * PING_PAUSE:
-            self._socket.abort()
-        elif silent > PING_PAUSE:
-            gevent.spawn(self._ping)
-
     def say(self, **message):
         """Send a message as JSON text."""
         self._socket.send_frame(encode(message)[:-1], self._socket.OPCODE_TEXT)
@@ -70,10 +81,6 @@ class Talk:
     def show(self, data):
         """Send what was printed."""
         self._socket.send_frame(data, self._socket.OPCODE_BINARY)
-
-    def _ping(self):
-        with contextlib.suppress(WebSocketError):
-            self._socket.ping()
 
     def _read(self, program):
         while (message := self._socket.receive()) is not None:
@@ -97,8 +104,7 @@ class Talk:
 
     def _refuse(self, error):
         with contextlib.suppress(WebSocketError):
-            self.say(type='error', code=error.code, message=str(error),
-                     **({'details': error.details} if error.details else {}))
+            self.say(type='error', **view_failure(error))
 
 
 class TerminalClient(Talk):

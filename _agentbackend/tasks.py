@@ -288,8 +288,8 @@ class Tasks:
         run = session.last
         try:
             self._state.flush()
-            shell = self._runs.prepare(container, run.id, agent.program,
-                                       body['task'].encode('utf-8', 'surrogatepass'))
+            shell = self._runs.prepare(container, run.id, body['task'].encode('utf-8', 'surrogatepass'),
+                                       program=agent.program)
             env = self._env | agent.env
             # Of an earlier version, which kept it there.
             if self._engine.home_of(workspace.id) not in container.volumes:

@@ -2,25 +2,15 @@
 import contextlib
 import json
 import struct
-from pathlib import Path
 
-from _agentbackend.access import not_running
+from _agentbackend.access import check_program, not_running, program
 from _agentbackend.dockerlog import STDERR
 from _agentbackend.engine import USER
-from _agentbackend.errors import DockerError, TerminalNotFound, refusal
+from _agentbackend.errors import DockerError, TerminalNotFound
 from _agentbackend.records import RUNNING
 from _agentbackend.timing import known_time, view_time
 
-PROGRAM = (Path(__file__).parent / 'inside' / 'terminal.py').read_bytes()
-# Reads no more than the program from stdin, of which the rest is for the program.
-LOADER = '''import os, sys
-text = b""
-while len(text) < int(sys.argv[1]):
-    data = os.read(0, int(sys.argv[1]) - len(text))
-    if not data: sys.exit(1)
-    text += data
-exec(compile(text, "terminal", "exec"))
-'''
+PROGRAM, COMMAND = program('terminal')
 MAX_FRAME = 2**20  # bytes; the scrollback is the longest
 MAX_LISTED = 2**20
 
@@ -63,18 +53,14 @@ class Terminals:
         words = ['attach', name, str(cols), str(rows), folder, str(self._config.max_terminals), command]
         with self._activity.during(workspace.id, 'terminal', name), \
                 self._access.container(workspace) as container_id, \
-                self._engine.attached(container_id, self._words(words), user=USER) as attached:
+                self._engine.attached(container_id, [*COMMAND, *words], user=USER) as attached:
             attached.sendall(PROGRAM)
             yield attached
 
     def _run(self, workspace, *words):
         with self._access.container(workspace) as container_id:
-            return self._engine.run(container_id, self._words(words), user=USER, stdin=PROGRAM,
+            return self._engine.run(container_id, [*COMMAND, *words], user=USER, stdin=PROGRAM,
                                     limit=MAX_LISTED)
-
-    @staticmethod
-    def _words(words):
-        return ['python3', '-I', '-S', '-c', LOADER, str(len(PROGRAM)), *words]
 
 
 def frame(letter, data=b''):
@@ -99,7 +85,6 @@ def frames_of(attached):
             yield bytes(buffer[:1]), bytes(buffer[5:5 + size])
             del buffer[:5 + size]
     text = (bytes(buffer[:500]) + said).decode('utf-8', 'replace').strip()
-    if 'executable file not found' in text or 'unable to find user' in text:
-        raise refusal('terminal', 'needs python3 and the user dev, which the image of this workspace has not')
+    check_program(text, 'terminal')
     if text:
         raise DockerError(f'The terminal has ended: {text[-500:]}')

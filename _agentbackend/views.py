@@ -210,6 +210,11 @@ def encode(value):
     return (to_json(value) + '\n').encode('utf-8', 'replace')
 
 
+def view_failure(error):
+    """Return a failure as it is told on a stream: {code, message, details}."""
+    return {'code': error.code, 'message': str(error)} | ({'details': error.details} if error.details else {})
+
+
 def view_error(error):
     """Return the one shape in which every failure is told."""
     shown = {'success': False, 'error': str(error), 'code': error.code}

@@ -178,9 +178,9 @@ def test_what_can_not_be_adopted_is_left_out_and_told(make_server, docker_client
     server.kill()
     lose(state_path(server))
 
-    def volume(name, identity, **more):
+    def volume(called, identity, **more):
         labels = {'id': identity, 'instance': server.instance, **more}
-        return docker_client.volumes.create(f'{server.instance}-{name}', labels={
+        return docker_client.volumes.create(f'{server.instance}-{called}', labels={
             f'agentbackend.{key}': value for key, value in labels.items()})
     # What the last one tells would make the state file one that is refused as damaged.
     made = [volume('ws-junk0001', 'ws-junk0001'), volume('foreign', 'ws-other001'), volume(

@@ -711,6 +711,17 @@ def test_outdated_runs_are_those_beyond_a_number_or_an_age(open_state):
     assert sorted(run['serial'] for run in kept(state.path, 'runs')) == [6, 7]
 
 
+def test_many_outdated_runs_that_have_to_stay_do_not_hide_the_others(open_state):
+    state = open_state()
+    for name in 'ab':
+        workspace = state.reserve(draft(name), flush=False)
+        for number in range(501):
+            end(state, begin(state, workspace, name, id=f'run-{name}-{number}'))
+    for name in 'ab':
+        wanted, asked = state.get(name).id, range(20)
+        assert any(run.workspace_id == wanted for _ in asked for run in state.outdated_runs(0, 0))
+
+
 def test_what_a_run_changes_is_in_its_session_too(any_state):
     workspace = any_state.reserve(draft())
     session = begin(any_state, workspace)
