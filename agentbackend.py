@@ -25,6 +25,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     gate         what comes before the routes: who may call, from where, and with how large a body
     keeper       what keeps records, engine and clock in step: follow, adopt, compare, sweep
     workspaces   the life of workspaces: create, start, stop, restart, change, remove
+    pool         workspaces that are made ahead, and wait for their owners
     recipe       what a workspace's container is made of: its files, environment, limits and mounts
     drafts       bodies of the API as records of workspaces, and the names of the secrets in them
     probes       readiness, last words and usage of workspaces

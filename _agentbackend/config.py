@@ -66,6 +66,17 @@ def parse_words(text):
     return tuple(word for word in re.split(r'[\s,]+', text.strip()) if word)
 
 
+def parse_pool(text):
+    """Return {kind: count} of `blank:2,bun-typescript/agent:1`."""
+    found = {}
+    for word in parse_words(text):
+        match = re.fullmatch(r'([A-Za-z0-9][A-Za-z0-9_.-]{0,62}(?:/agent)?):([1-9]\d{0,3})', word)
+        if not match or match[1] in found:
+            raise ValueError('it is a list of TEMPLATE:COUNT and TEMPLATE/agent:COUNT, each once')
+        found[match[1]] = int(match[2])
+    return found
+
+
 def parse_instance(text):
     """Return the name of an instance, which begins the names of its containers and volumes."""
     if not re.fullmatch(r'[a-z0-9][a-z0-9_.-]{0,31}', text):
@@ -203,6 +214,9 @@ class Config:
     prebuild: tuple = setting('bun-typescript', parse_words,
                               'Templates whose images are built as soon as the engine answers. '
                               '`none` builds each when it is first used.')
+    warm_pool: dict = setting('', parse_pool,
+                              'How many workspaces of a template are made ahead, so that a create takes a '
+                              'moment, as `blank:2,bun-typescript/agent:1`.')
     base_image: str = setting('debian:bookworm-slim', str,
                               'Debian image that `templates/base` begins with. It is taken from the '
                               'engine, else pulled; `templates/make-debian-image` makes one where no '

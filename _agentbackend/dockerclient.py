@@ -9,6 +9,7 @@ import pwd
 import re
 import socket
 import tarfile
+from dataclasses import dataclass
 
 import docker
 import gevent
@@ -24,6 +25,7 @@ from _agentbackend.errors import (
     PortTaken,
     UnreadableLog,
 )
+from _agentbackend.timing import parse_time
 
 log = logging.getLogger('agentbackend')
 
@@ -146,15 +148,21 @@ class DockerClient:
             if content:
                 yield content
 
-    @contextlib.contextmanager
     def attached(self, exec_id):
         """Start a command that was created, and give the Attached to it for the length of a block; its stdin
         ends with that."""
         # docker-py's own exec_start() may lose what came in one packet with the answer's headers.
-        answer = self.api._post_json(self.api._url('/exec/{0}/start', exec_id),
-                                     data={'Tty': False, 'Detach': False},
-                                     headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'}, stream=True,
-                                     timeout=None)
+        return self._upgraded(self.api._url('/exec/{0}/start', exec_id), {'Tty': False, 'Detach': False})
+
+    def attached_to(self, container_id):
+        """Give the Attached to the first process of a container, started or not, for the length of a block;
+        its stdin stays open behind that."""
+        return self._upgraded(self.api._url('/containers/{0}/attach?stream=1&stdin=1&stdout=1', container_id))
+
+    @contextlib.contextmanager
+    def _upgraded(self, url, body=None):
+        answer = self.api._post(url, json=body, headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'},
+                                stream=True, timeout=None)
         with contextlib.closing(answer):
             self.api._raise_for_status(answer)
             yield Attached(answer.raw._fp.fp)
@@ -227,6 +235,59 @@ def send(target, data):
     """Send all of it, unless the other side goes away first."""
     with contextlib.suppress(OSError):
         target.sendall(data)
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an inspect says of a workspace's container."""
+
+    id: str
+    name: str
+    labels: dict
+    state: str  # created, running, paused, restarting, removing, exited, dead
+    started_at: str
+    exit_code: int
+    out_of_memory: bool
+    tty: bool
+    created_at: float
+    memory: int
+    cpus: float
+    image: str = ''
+    volumes: tuple = ()  # names of those that are mounted
+    ports: frozenset = frozenset()  # of the host, on which something of it is published
+    node: str = ''  # on which it is, where there are several
+    restarts: bool = False  # by itself, after a crash
+
+    @property
+    def up(self):
+        """Whether it has processes."""
+        return self.state in ('running', 'paused', 'restarting')
+
+    @property
+    def going(self):
+        """Whether it is as good as gone: somebody removes it just now."""
+        return self.state in ('removing', 'dead')
+
+    @property
+    def started(self):
+        """Whether it was ever started."""
+        return not (self.started_at or '0001').startswith('0001')
+
+
+def container_of(found, node):
+    """Return what an inspect says as a Container."""
+    state, limits, config = found['State'], found['HostConfig'], found['Config']
+    return Container(
+        id=found['Id'], name=found['Name'].lstrip('/'), labels=config['Labels'] or {}, state=state['Status'],
+        started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
+        out_of_memory=bool(state.get('OOMKilled')), tty=bool(config.get('Tty')),
+        created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
+        cpus=(limits.get('NanoCpus') or 0) / 1e9, image=found.get('Image', ''), node=node,
+        restarts=(limits.get('RestartPolicy') or {}).get('Name') not in (None, '', 'no'),
+        volumes=tuple(mount['Name'] for mount in found.get('Mounts') or () if mount.get('Type') == 'volume'),
+        ports=frozenset(int(binding['HostPort'])
+                        for bindings in (limits.get('PortBindings') or {}).values()
+                        for binding in bindings or () if binding.get('HostPort')))
 
 
 def measure(sample):

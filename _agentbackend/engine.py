@@ -10,13 +10,12 @@ import socket
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
 
 import docker
 import gevent
 import gevent.lock
 
-from _agentbackend.dockerclient import make_tar, measure
+from _agentbackend.dockerclient import container_of, make_tar, measure
 from _agentbackend.dockerlog import LogDamaged, LogLines, parse_stamp
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog
 from _agentbackend.positions import MARGIN
@@ -25,6 +24,8 @@ from _agentbackend.timing import cooperatively, parse_time
 PREFIX = 'agentbackend'  # of our labels and images
 CODE_SERVER_PORT, SSH_PORT = 8443, 2222  # inside every workspace
 USER, USER_ID = 'dev', 1000
+HEARS = f'{PREFIX}.settings'  # label of an image whose entrypoint takes its settings over stdin
+MEMBER = f'{PREFIX}.pool'  # label of what was made ahead: for what, and of what
 # What sshd, sudo and apt need of root; the rest is dropped. No new privileges besides for agent workspaces.
 CAPABILITIES = ('CHOWN', 'DAC_OVERRIDE', 'FOWNER', 'FSETID', 'KILL', 'SETGID', 'SETUID', 'SYS_CHROOT',
                 'AUDIT_WRITE')
@@ -34,48 +35,13 @@ MIN_SHARED = 64 * 2**20  # bytes of shared memory, of which a browser needs more
 INFO_TIMEOUT = 10  # seconds
 RUN_TIMEOUT = 60  # seconds that a short command may take
 REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
+ANSWER_TIMEOUT = 10  # seconds that a container may take to answer what it is told
 HELPER_LIFE = 6 * 3600  # seconds
 MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
 LINES_AT_ONCE = 200  # of a log, when they are not waited for
 MAX_TAIL = 100_000  # last lines that are counted; of more, the pieces that the engine counts
 MAX_IN_MEMORY = 2**20  # bytes of a file that is read; a larger one goes over the disk
 PIECE = 65536  # bytes
-
-
-@dataclass(frozen=True)
-class Container:
-    """What an inspect says of a workspace's container."""
-
-    id: str
-    name: str
-    labels: dict
-    state: str  # created, running, paused, restarting, removing, exited, dead
-    started_at: str
-    exit_code: int
-    out_of_memory: bool
-    tty: bool
-    created_at: float
-    memory: int
-    cpus: float
-    image: str = ''
-    volumes: tuple = ()  # names of those that are mounted
-    ports: frozenset = frozenset()  # of the host, on which something of it is published
-    node: str = ''  # on which it is, where there are several
-
-    @property
-    def up(self):
-        """Whether it has processes."""
-        return self.state in ('running', 'paused', 'restarting')
-
-    @property
-    def going(self):
-        """Whether it is as good as gone: somebody removes it just now."""
-        return self.state in ('removing', 'dead')
-
-    @property
-    def started(self):
-        """Whether it was ever started."""
-        return not (self.started_at or '0001').startswith('0001')
 
 
 def labelled_ports(labels):
@@ -160,12 +126,23 @@ class Engine:
         """Return the name of the volume with a workspace's home folder."""
         return f'{self.volume_of(workspace_id)}-home'
 
+    def hold_of(self, workspace_id):
+        """Return the name of the empty volume whose labels tell what has become of a member of the pool."""
+        return f'{self.volume_of(workspace_id)}-hold'
+
+    def member_name(self, workspace_id):
+        """Return the name of the container of a member of the pool; none of a workspace is like it."""
+        return f'{self.instance}.pool.{workspace_id}'
+
     def volumes(self):
         """Return {workspace id: labels} of this instance's volumes."""
         labels = {item['Name']: item['Labels']
                   for item in self._volumes(f'{PREFIX}.instance={self.instance}')}
-        return {item[f'{PREFIX}.id']: item for name, item in labels.items()
-                if name == self.volume_of(item.get(f'{PREFIX}.id'))}
+        ids = {item.get(f'{PREFIX}.id') for item in labels.values()}
+        # What was made ahead and is a workspace now has the labels of that on a volume of their own.
+        return {key: labels.get(self.hold_of(key), labels[self.volume_of(key)]) for key in ids
+                if self.volume_of(key) in labels
+                and (MEMBER not in labels[self.volume_of(key)] or self.hold_of(key) in labels)}
 
     def has_volume(self, workspace_id):
         """Return whether a workspace's volume is there, by asking for it and not by a list that may lack
@@ -182,7 +159,24 @@ class Engine:
 
     def containers(self):
         """Return {workspace id: Container} of this instance."""
-        return {item.labels[f'{PREFIX}.id']: item for item in reversed(self._ours())}
+        return {item.labels[f'{PREFIX}.id']: item for item in reversed(self._ours())
+                if not self._waits(item) or item.id == self._recorded(item.labels[f'{PREFIX}.id'])}
+
+    def members(self):
+        """Return {id: (Container or None, whether it was given away)} of what was made ahead and is no
+        workspace, or not for sure."""
+        volumes = {item['Name']: item['Labels'] for item in self._volumes(MEMBER)
+                   if item['Labels'].get(f'{PREFIX}.instance') == self.instance}
+        ids = {item[f'{PREFIX}.id'] for name, item in volumes.items()
+               if name == self.volume_of(item.get(f'{PREFIX}.id'))}
+        containers = {item.labels[f'{PREFIX}.id']: item for item in self._ours()}
+        found = {key: (item, self._is_volume(self.hold_of(key), key)) for key, item in containers.items()
+                 if self._waits(item)}
+        return found | {key: (None, False) for key in ids - containers.keys()
+                        if not self._is_volume(self.hold_of(key), key)}
+
+    def _waits(self, container):
+        return container.name == self.member_name(container.labels.get(f'{PREFIX}.id'))
 
     def find(self, workspace_id):
         """Return the Container of a workspace, or None."""
@@ -195,19 +189,7 @@ class Engine:
                 found = self._api.inspect_container(container_id)
             except docker.errors.NotFound:
                 return None
-        state, limits, config = found['State'], found['HostConfig'], found['Config']
-        return Container(
-            id=found['Id'], name=found['Name'].lstrip('/'), labels=config['Labels'] or {},
-            state=state['Status'],
-            started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
-            out_of_memory=bool(state.get('OOMKilled')), tty=bool(config.get('Tty')),
-            created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
-            cpus=(limits.get('NanoCpus') or 0) / 1e9, image=found.get('Image', ''),
-            volumes=tuple(mount['Name'] for mount in found.get('Mounts') or ()
-                          if mount.get('Type') == 'volume'),
-            ports=frozenset(int(binding['HostPort'])
-                            for bindings in (limits.get('PortBindings') or {}).values()
-                            for binding in bindings or () if binding.get('HostPort')), node=self._client.node)
+        return container_of(found, self._client.node)
 
     def changes(self, since):
         """Yield the id of a workspace whenever its container changed, beginning at `since` (the engine's
@@ -243,7 +225,8 @@ class Engine:
         workspace_id = container.labels.get(f'{PREFIX}.id')
         if self.volume_of(workspace_id) not in container.volumes:
             return False
-        return container.name.startswith(f'{self.instance}-') or container.id == self._recorded(workspace_id)
+        return (container.name.startswith(f'{self.instance}-') or self._waits(container)
+                or container.id == self._recorded(workspace_id))
 
     # Making and removing
 
@@ -276,9 +259,9 @@ class Engine:
 
     def create_container(self, *, name, image, env, labels, volumes, network, ports, bind_address, memory,
                          cpus,
-                         pids, new_privileges):
+                         pids, new_privileges, stdin=False, hostname=''):
         """Create a container and return its id. `volumes` is {where: name}, `ports` {container port: host
-        port}.
+        port}; with `stdin` that of its first process stays open, for `tell`.
 
         It restarts by itself only after `keep_running`. The host is `host.docker.internal` in it.
         """
@@ -294,8 +277,8 @@ class Engine:
                 log_config=docker.types.LogConfig(
                     type='json-file', config={'max-size': '16m', 'max-file': '3'}))
             made = self._api.create_container(
-                image, name=name, hostname=name[:63], environment=env, labels=labels,
-                ports=[(inside, 'tcp') for inside in ports], host_config=host_config)
+                image, name=name, hostname=hostname or name[:63], environment=env, labels=labels, detach=True,
+                ports=[(inside, 'tcp') for inside in ports], host_config=host_config, stdin_open=stdin)
             return made['Id']
 
     def start(self, container_id, network):
@@ -354,7 +337,7 @@ class Engine:
         self.remove_helpers(workspace_id)
         for container in self._ours(f'{PREFIX}.id={workspace_id}'):
             self.remove_container(container.id)
-        for name in (self.home_of(workspace_id), self.volume_of(workspace_id)):
+        for name in (self.home_of(workspace_id), self.hold_of(workspace_id), self.volume_of(workspace_id)):
             if self._is_volume(name, workspace_id):
                 with self._errors():
                     self._until_gone(self._api.remove_volume, self._api.inspect_volume, name, force=True)
@@ -435,6 +418,19 @@ class Engine:
         return f'{PREFIX}-{self.instance}-claim-{owner}'
 
     # Inside a container
+
+    def tell(self, container_id, data, answer=b''):
+        """Write to the stdin of a container's first process, started or not, and wait until it prints a line
+        with `answer`, if any; return whether it did so within ANSWER_TIMEOUT."""
+        said = b''
+        with self._errors(), self._client.attached_to(container_id) as attached:
+            attached.sendall(data)
+            with gevent.Timeout(ANSWER_TIMEOUT, False):
+                for _, printed in attached if answer else ():
+                    said += printed
+                    if answer in said:
+                        break
+        return answer in said
 
     def put_files(self, container_id, files):
         """Write {absolute path: (bytes, mode, owner)} into a container, started or not."""

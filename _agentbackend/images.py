@@ -14,7 +14,7 @@ import docker
 import gevent
 import gevent.event
 
-from _agentbackend.engine import PREFIX
+from _agentbackend.engine import HEARS, PREFIX
 from _agentbackend.errors import (
     BackendError,
     DockerError,
@@ -102,6 +102,7 @@ class Templates:
         self._errors = {}
         self._digests = {}  # name -> (what was seen of its files, a digest of their content)
         self._ready = {}  # name -> the tag that was last seen on the engine
+        self._hearing = set()  # tags of images whose entrypoint takes its settings over stdin
 
     def names(self):
         """Return the names that a workspace can ask for."""
@@ -196,6 +197,14 @@ class Templates:
             raise made
         return made
 
+    def is_there(self, tag):
+        """Return whether the engine has an image; it is not built for that."""
+        return self._has_image(tag)
+
+    def hears(self, tag):
+        """Return whether the entrypoint of an image that is there takes its settings over stdin."""
+        return tag in self._hearing
+
     def stop(self):
         """End the builds that go on."""
         gevent.killall([build.greenlet for build in self._builds.values()], block=True, timeout=5)
@@ -268,7 +277,7 @@ class Templates:
                     on_line(line)
                 if 'error' in item:
                     raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last) + hint)
-            self._client.api.inspect_image(tag)
+        self._has_image(tag)
 
     @contextlib.contextmanager
     def _packed(self, name):
@@ -336,9 +345,11 @@ class Templates:
     def _has_image(self, tag):
         with self._client.errors():
             try:
-                self._client.api.inspect_image(tag)
+                labels = self._client.api.inspect_image(tag)['Config']['Labels'] or {}
             except docker.errors.ImageNotFound:
                 return False
+        if labels.get(HEARS) == 'stdin':
+            self._hearing.add(tag)
         return True
 
     # Folders

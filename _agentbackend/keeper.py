@@ -1,7 +1,9 @@
 """What keeps the records in step with the engine and the clock: follow, adopt, compare and sweep."""
 import contextlib
+import functools
 import json
 import logging
+import re
 import secrets
 import time
 
@@ -10,7 +12,7 @@ import gevent.event
 import gevent.pool
 
 from _agentbackend.drafts import CREDENTIALS, KEY, MAX_ENV
-from _agentbackend.engine import PREFIX
+from _agentbackend.engine import MEMBER, PREFIX
 from _agentbackend.errors import (
     BackendError,
     DockerError,
@@ -23,7 +25,17 @@ from _agentbackend.errors import (
     WorkspaceNotFound,
 )
 from _agentbackend.recipe import SETTINGS_FOLDER, read_shell_lines
-from _agentbackend.records import AGENT, ERROR, RUNNING, SETTLED, STOPPED, TEMPORARY, Workspace, record_of
+from _agentbackend.records import (
+    AGENT,
+    ERROR,
+    PERSISTENT,
+    RUNNING,
+    SETTLED,
+    STOPPED,
+    TEMPORARY,
+    Workspace,
+    record_of,
+)
 
 log = logging.getLogger('agentbackend')
 
@@ -31,6 +43,7 @@ CLAIM_TIMEOUT = 12  # seconds; a server that is there has half of that to answer
 # Seconds: `docker restart` ends a container for a moment, and a temporary one must not be deleted for that.
 GRACE = 4
 SWEEP_PAUSE = 1  # seconds
+TEND_PAUSE = 0.5  # seconds between looks at what the pool lacks
 ASK_TIMEOUT = 5  # seconds that it may take to find out what goes on in a workspace that is to be deleted
 EDITOR_PAUSE = 120  # seconds since an editor's last heartbeat after which it counts as closed
 CLOCK_SKEW = 60  # seconds by which the clock of a remote engine may be ahead
@@ -75,6 +88,8 @@ class Keeper:
         except DockerError as error:
             log.debug('The instance is claimed when the engine answers: %s', error)
         self._loops = [gevent.spawn(self._follow_engine), gevent.spawn(self._sweep_for_ever)]
+        if self._config.warm_pool:
+            self._loops.append(gevent.spawn(self._tend_pool))
 
     def close(self):
         """End the loops and what they have begun; the next `open` goes on from there."""
@@ -134,6 +149,7 @@ class Keeper:
     def reconcile(self):
         """Compare the records with what the engine has: adopt what is unknown, go on with what was left
         half-done."""
+        self._workspaces.pool.look()
         before = {workspace.id for workspace in self._state.all()}
         busy = {workspace_id for workspace_id in before if self._workspaces.has_job(workspace_id)}
         containers, volumes = self._engine.containers(), self._engine.volumes()
@@ -202,9 +218,12 @@ class Keeper:
         if workspace.status != RUNNING:
             if workspace.ever_ran:
                 self._workspaces.has_started(workspace)
-        elif workspace.container_id != container.id or not self._probes.is_metered(workspace.id):
+            return
+        if workspace.container_id != container.id or not self._probes.is_metered(workspace.id):
             self._state.update(workspace.id, flush=False, container_id=container.id)
             self._probes.meter(workspace.id, container.id)
+        if workspace.type == PERSISTENT and not container.restarts:
+            self._engine.keep_running(container.id)
 
     def _compare_with_ended(self, workspace, container, has_volume):
         if container is not None and container.up:
@@ -228,6 +247,17 @@ class Keeper:
             found = self._engine.inspect(container.id)
         return None if found and found.going else found, has_volume or self._engine.has_volume(workspace.id)
 
+    def _tend_pool(self):
+        while True:
+            gevent.sleep(TEND_PAUSE)
+            try:
+                if self.connected:
+                    self._workspaces.pool.tend(self._workspaces.is_quiet)
+            except EngineUnavailable as error:
+                log.debug('The pool waits for the engine: %s', error)
+            except Exception:
+                log.exception('The pool could not be seen to; the next turn comes.')
+
     # Adoption
 
     def _try_to_adopt(self, workspace_id, container, labels):
@@ -248,7 +278,13 @@ class Keeper:
 
     def _adopt(self, workspace_id, container, labels):
         """Make a record of what the engine's labels tell, when the state does not know of it."""
-        labels = container.labels if container else labels
+        if container and MEMBER in container.labels and not self._read(container, 'owned'):
+            log.info('Removing %s, which was made ahead and has no owner.', container.name)
+            self._engine.remove(workspace_id)
+            return
+        labels = (labels or {}) | (container.labels if container else {})
+        if f'{PREFIX}.spec' not in labels:  # somebody tidied the volume away that bears them
+            labels |= self._labels_inside(container)
         value = {key.removeprefix(f'{PREFIX}.'): text for key, text in labels.items()
                  if key.startswith(f'{PREFIX}.')}
         if container is None and value['type'] == TEMPORARY:
@@ -271,9 +307,7 @@ class Keeper:
 
     def _found_in(self, container):
         """Return the fields of a record that a container tells."""
-        def read(name):
-            pieces = self._engine.read_file(container.id, f'{SETTINGS_FOLDER}/{name}', limit=2 * MAX_ENV)
-            return b''.join(pieces).decode('utf-8', 'replace')
+        read = functools.partial(self._read, container)
         secrets_kept = {name: text for name in (CREDENTIALS, KEY) if (text := read(name))}
         shared, password = self._config.shared_keys(), read('password').strip()
         keys = [key for key in read('authorized_keys').splitlines() if key not in shared]
@@ -284,6 +318,20 @@ class Keeper:
                  'memory': container.memory, 'container_id': container.id, 'node': container.node,
                  'status': RUNNING}
         return found | ({'password': password} if password else {})
+
+    def _labels_inside(self, container):
+        """Return the labels that a workspace made ahead would have, as its container was told."""
+        told = dict(line.partition('=')[::2] for line in self._read(container, 'workspace').split('\0'))
+        spec = {'folder': told['WORKSPACE_NAME'], 'ssh': True, 'ttl': None, 'labels': {},
+                'wanted_ports': []}
+        values = {'type': told['WORKSPACE_TYPE'], 'template': re.split('[ /]', container.labels[MEMBER])[0],
+                  'createdAt': repr(container.created_at), 'gitUrl': told['GIT_URL'],
+                  'gitBranch': told['GIT_BRANCH'], 'spec': json.dumps(spec)}
+        return {f'{PREFIX}.{key}': value for key, value in values.items()}
+
+    def _read(self, container, name):
+        pieces = self._engine.read_file(container.id, f'{SETTINGS_FOLDER}/{name}', limit=2 * MAX_ENV)
+        return b''.join(pieces).decode('utf-8', 'replace')
 
     # The clock
 

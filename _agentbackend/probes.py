@@ -10,7 +10,7 @@ import gevent
 
 from _agentbackend.config import EVERYWHERE
 from _agentbackend.dockerlog import parse_stamp
-from _agentbackend.engine import CODE_SERVER_PORT, SSH_PORT
+from _agentbackend.engine import CODE_SERVER_PORT, HEARS, SSH_PORT
 from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
 from _agentbackend.timing import parse_time
 
@@ -25,21 +25,23 @@ MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
 
 
 class Start:
-    """What a container tells while it starts."""
+    """What a container tells while it starts; `again` says that it was started before."""
 
-    def __init__(self, container_id, warnings=()):
+    def __init__(self, container_id, warnings=(), *, again=False):
         self.container_id = container_id
+        self.again = again
         # Its last sign of life; when it was last listened for.
         self.heard_at = self.listened_at = time.monotonic()
         self.stamp = 0  # of the last line that was read
         self.warnings = list(warnings)  # those of the container before it too
         self.ports = []  # that its project wants to have published
         self.crashes = 0
-        self._is_up = False
+        self.is_up = False  # all is there, it has said
+        self.waits = False  # for its owner, it has said
 
     def take(self, text):
         """Take a line of its log."""
-        if not self._is_up:  # what comes later is no progress: an editor that dies again and again
+        if not self.is_up:  # what comes later is no progress: an editor that dies again and again
             self.heard_at = time.monotonic()
         said = text.partition('workspace: ')[2] if text.startswith('workspace: ') else ''
         if said.startswith('warning: ') and len(self.warnings) < MAX_WARNINGS:
@@ -51,7 +53,8 @@ class Start:
             self.ports = [port for port in found if port < 65536 and port not in taken][:20]
         elif ' ended with status ' in said:
             self.crashes += 1
-        self._is_up = self._is_up or said.startswith('started in ')
+        self.waits = self.waits or said == 'waits for its owner'
+        self.is_up = self.is_up or said.startswith('started in ')
 
 
 class Probes:
@@ -69,21 +72,27 @@ class Probes:
         self._usage = {}  # workspace id -> its last measurement
         self._meters = {}  # workspace id -> greenlet
 
-    def is_ready(self, workspace, container_id):
-        """Return whether what the user will use answers: the editor, and SSH where there is any."""
-        return self.health(workspace, container_id) is not None and self._ssh_answers(workspace, container_id)
+    def is_ready(self, workspace, container, start, timeout):
+        """Return whether what the user will use is there: the editor, which has `timeout` seconds to answer,
+        SSH where there is any, and the project."""
+        if self.health(workspace, container.id, timeout) is None:
+            return False
+        if container.labels.get(HEARS):  # one of ours says so, and sshd comes last there
+            self.listen(start, container)
+            return start.is_up
+        return self._ssh_answers(workspace, container.id)
 
-    def health(self, workspace, container_id):
-        """Return the body of code-server's /healthz, or None when it does not answer."""
+    def health(self, workspace, container_id, timeout=PROBE_TIMEOUT):
+        """Return the body of code-server's /healthz, or None when it does not answer within some seconds."""
         node = self._engine.address(workspace.node)
         address = node if node and self._everywhere else '' if node else self._address
         if not address:
             url = f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'
             return self._ask_inside(container_id, ['curl', '--noproxy', '*', '-fsS', '-m', '2', url])
-        connection = http.client.HTTPConnection(address, workspace.ports['codeServer'], timeout=2)
+        connection = http.client.HTTPConnection(address, workspace.ports['codeServer'], timeout=timeout)
         try:
             # Whatever runs in there may answer in its place, and a byte at a time at that.
-            with gevent.Timeout(PROBE_TIMEOUT, TimeoutError()):
+            with gevent.Timeout(timeout, TimeoutError()):
                 connection.request('GET', '/healthz')
                 answer = connection.getresponse()
                 return answer.read(MAX_HEALTH) if answer.status == 200 else None
@@ -117,7 +126,9 @@ class Probes:
         ago."""
         if time.monotonic() - start.listened_at < pause:
             return
-        start.listened_at, begun = time.monotonic(), int(parse_time(container.started_at) * 1e9)
+        # The engine notes the time of a start a moment after it, so the first lines may be older.
+        begun = int(parse_time(container.started_at) * 1e9) if start.again else 0
+        start.listened_at = time.monotonic()
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
             for lines in self._engine.log_lines(container, since=max(begun, start.stamp + 1)):
                 for _, stamp, text in lines:

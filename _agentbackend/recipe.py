@@ -1,11 +1,15 @@
 """What a workspace's container is made of: names, labels, environment, files and limits."""
+import contextlib
 import json
 import re
 import shlex
 
+import gevent.lock
+
+from _agentbackend.dockerclient import make_tar
 from _agentbackend.drafts import CREDENTIALS, KEY
 from _agentbackend.engine import CODE_SERVER_PORT, PREFIX, SSH_PORT, USER, USER_ID
-from _agentbackend.errors import refusal
+from _agentbackend.errors import DockerError, refusal
 from _agentbackend.records import AGENT
 
 SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint reads
@@ -21,6 +25,7 @@ class Recipe:
     def __init__(self, config, engine):
         self._config = config
         self._engine = engine
+        self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
         self._cpus = {}  # node -> how many its engine has
 
     def name(self, workspace_name):
@@ -33,17 +38,32 @@ class Recipe:
         prefix = self.name('')
         return {name[len(prefix):] for name in engine_names if name.startswith(prefix)}
 
+    def network(self, workspace):
+        """Return the name of the network on which a workspace stands; that of the instance is made if need
+        be."""
+        if self._config.workspace_network:
+            return self._config.workspace_network
+        with self._network:
+            return self._engine.create_network(isolated=True, node=workspace.node)
+
+    def drop_network(self, is_needed):
+        """Remove the network of this instance unless it is needed, or another one is used."""
+        with self._network, contextlib.suppress(DockerError):
+            if not self._config.workspace_network and not is_needed():
+                self._engine.remove_network()
+
     def is_free(self, port):
         """Return whether nothing listens on a host port that is to be published."""
         return self._engine.is_free(self._config.workspace_bind_address, port)
 
-    def container(self, workspace, image, network):
-        """Return the arguments of Engine.create_container for a record."""
+    def container(self, workspace, image, network, *, stdin=False):
+        """Return the arguments of Engine.create_container for a record; `stdin`: it is told its settings over
+        that."""
         config = self._config
         return {
             'name': self.name(workspace.name), 'image': image, 'network': network,
-            'env': {name: value for name, value in workspace.env.items() if FOR_ALL.fullmatch(name)}
-            | self.reserved_environment(workspace),
+            'env': self.environment(workspace) | ({'WORKSPACE_SETTINGS': 'stdin'} if stdin else {}),
+            'stdin': stdin,
             'labels': self.labels(workspace) | {f'{PREFIX}.ports': json.dumps(workspace.ports)},
             'volumes': {config.workspace_base_path: self._engine.volume_of(workspace.id),
                         f'/home/{USER}': self._engine.home_of(workspace.id)},
@@ -59,10 +79,12 @@ class Recipe:
         A secret that was taken back is an empty file.
         """
         keys = self._config.shared_keys() + workspace.ssh_public_keys
+        told = self.environment(workspace)
         identity = {'name': workspace.git_user_name, 'email': workspace.git_user_email}
         lines = ''.join(f'\t{name} = {git_value(text)}\n' for name, text in identity.items() if text)
         public = {'authorized_keys': ''.join(f'{key}\n' for key in keys), 'env': shell_lines(workspace.env),
-                  'gitconfig': f'[user]\n{lines}'}
+                  'gitconfig': f'[user]\n{lines}',
+                  'workspace': ''.join(f'{name}={value}\0' for name, value in told.items())}
         if workspace.setup:
             public['setup'] = workspace.setup
         secret = {name: workspace.git_access.get(name, '') for name in (CREDENTIALS, KEY)}
@@ -72,16 +94,24 @@ class Recipe:
         files |= {name: (text.encode(), 0o600, USER_ID) for name, text in secret.items()}
         return {f'{SETTINGS_FOLDER}/{name}': content for name, content in files.items()}
 
-    def reserved_environment(self, workspace):
-        """Return the variables that a workspace is given by us."""
+    @staticmethod
+    def spoken(files, word='-'):
+        """Return files as they are said to an entrypoint that takes its settings over stdin, which repeats
+        the word once it has them."""
+        settings = make_tar(files)
+        return f'{word} {len(settings)}\n'.encode() + settings
+
+    def environment(self, workspace):
+        """Return the variables that everything in a workspace has, not only dev's shells."""
         base = self._config.workspace_base_path
-        return {'WORKSPACE_ID': workspace.id, 'WORKSPACE_NAME': workspace.folder,
-                'WORKSPACE_TYPE': workspace.type,
-                'WORKSPACE_PORTS': ' '.join(key for key in workspace.ports if key.isdigit()),
-                'WORKSPACE_BASE_PATH': base, 'PROJECT_DIR': f'{base}/{workspace.folder}',
-                'SSH_ENABLED': '1' if workspace.ssh else '0', 'GIT_URL': workspace.git_url,
-                'GIT_BRANCH': workspace.git_branch,
-                'GIT_DEPTH': str(workspace.git_depth or ''), 'GIT_FILTER': workspace.git_filter or ''}
+        for_all = {name: value for name, value in workspace.env.items() if FOR_ALL.fullmatch(name)}
+        return for_all | {
+            'WORKSPACE_ID': workspace.id, 'WORKSPACE_NAME': workspace.folder,
+            'WORKSPACE_TYPE': workspace.type, 'WORKSPACE_BASE_PATH': base,
+            'WORKSPACE_PORTS': ' '.join(key for key in workspace.ports if key.isdigit()),
+            'PROJECT_DIR': f'{base}/{workspace.folder}', 'SSH_ENABLED': '1' if workspace.ssh else '0',
+            'GIT_URL': workspace.git_url, 'GIT_BRANCH': workspace.git_branch,
+            'GIT_DEPTH': str(workspace.git_depth or ''), 'GIT_FILTER': workspace.git_filter or ''}
 
     def labels(self, workspace):
         """Return what is known of a workspace when the state is lost; no environment, no keys, no

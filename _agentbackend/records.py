@@ -53,6 +53,7 @@ class Workspace:
     container_id: str = ''
     node: str = ''  # the machine that it is on, where there are several
     ever_ran: bool = False
+    warm: bool = False  # its container was made ahead, and waited for it
     error: str = ''
     warnings: list = field(default_factory=list)  # what its last start told that did not end well
     runs_begun: int = 0

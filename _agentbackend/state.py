@@ -79,19 +79,41 @@ class State(Mirror):
         return sorted(found, key=lambda item: (item.created_at, item.id))
 
     def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True, flush=True):
-        """Add a workspace under a new id with ports of its own, and return its copy.
+        """Add a workspace under a new id with ports of its own, or those that it has already, and return its
+        copy.
 
         Raises WorkspaceAlreadyExists and PortExhausted; then nothing is kept.
         """
         with self._lock:
             self._refuse_taken(draft.name, taken_names)
-            draft.id = self._new_id()
-            draft.ports = self._claim(draft, {}, set(taken_ports), is_free)
+            draft.id = draft.id or self._new_id()
+            draft.ports = draft.ports or self._claim(draft, {}, set(taken_ports), is_free)
             self._workspaces[draft.id] = draft.copy()
             self._touch('workspace', draft.id)
         if flush:
             self.flush()
         return draft
+
+    def propose(self, draft, *, taken_ports, is_free, spare):
+        """Give a workspace that may come to be an id and ports that are free now; keep nothing.
+
+        Raises PortExhausted, also when less than `spare` of a range would be left for others.
+        """
+        with self._lock:
+            draft.id = self._new_id()
+            draft.ports = self._claim(draft, {}, set(taken_ports), is_free)
+            taken = self._taken_ports() | set(taken_ports)
+        for kind in draft.ports:
+            first, last = self.ranges[kind]
+            left = sum(port not in taken for port in range(first, last + 1)) - 1
+            if left < spare * (last - first + 1):
+                raise PortExhausted(f'Of {PORT_KINDS[kind]}={first}-{last} only {left + 1} are free, which '
+                                    'are left to creates that ask for them; widen the range.')
+
+    def has(self, workspace_id):
+        """Return whether there is a record of this id."""
+        with self._lock:
+            return workspace_id in self._workspaces
 
     def adopt(self, workspace):
         """Add a workspace as the engine knows it."""

@@ -31,7 +31,8 @@ def view_workspace(workspace):
             'template': workspace.template, 'codeServerPort': workspace.ports.get('codeServer'),
             'sshPort': workspace.ports.get('ssh'),
             'ports': custom, 'createdAt': view_time(workspace.created_at),
-            'expiresAt': view_time(workspace.expires_at), 'node': workspace.node or None}
+            'expiresAt': view_time(workspace.expires_at), 'node': workspace.node or None,
+            'warm': workspace.warm}
 
 
 def view_workspace_details(workspace, usage, config, called, engine):
@@ -120,14 +121,17 @@ def view_health(backend, *, trusted):
     statuses = collections.Counter(item.status for item in state.all())
     unwritten = [f'The state file {state.path} cannot be written ({state.failure}): make room, or see to the '
                  'disk.'] if state.failure else []
+    kinds, pooled = backend.workspaces.pool.view(), backend.workspaces.pool.used_ports()
     return shown | {
         'templates': {name: view_image(templates.state(name)) for name in [BASE, *templates.names()]},
         'agents': {name: {'ready': not why, **({'reason': why} if why else {})}
                    for name, why in backend.tasks.agents().items()},
         'workspaces': {'total': statuses.total(), **{status: statuses[status] for status in STATUSES}},
         'problems': [*keeper.problems.values(), *unwritten],
-        'ports': {kind: {'used': used, 'total': total}
-                  for kind, (used, total) in state.ports_in_use().items()}}
+        'ports': {kind: {'used': used + pooled[kind], 'total': total}
+                  | ({'pool': pooled[kind]} if kinds else {})
+                  for kind, (used, total) in state.ports_in_use().items()},
+        **({'pool': kinds} if kinds else {})}
 
 
 def view_image(state):

@@ -3,6 +3,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import secrets
 import time
 
 import gevent
@@ -24,8 +25,9 @@ from _agentbackend.errors import (
     WorkspaceNotRunning,
 )
 from _agentbackend.events import DELETED
-from _agentbackend.probes import EXIT_WANTS_PORTS, Start
-from _agentbackend.recipe import Recipe
+from _agentbackend.pool import Pool
+from _agentbackend.probes import EXIT_WANTS_PORTS, PROBE_TIMEOUT, Start
+from _agentbackend.recipe import SETTINGS_FOLDER, Recipe
 from _agentbackend.records import (
     CREATING,
     DELETING,
@@ -41,8 +43,12 @@ from _agentbackend.records import (
 log = logging.getLogger('agentbackend')
 
 PORT_ATTEMPTS = 5
-READY_PAUSE = 0.1  # seconds between looks at a workspace that starts
+# Seconds between looks at a workspace that starts: a twentieth of the time that it has taken so far.
+MIN_PAUSE, MAX_PAUSE = 0.02, 0.5
 LISTEN_PAUSE = 2  # seconds between looks into its log
+INSPECT_PAUSE = 0.25  # seconds between looks whether it has ended
+MAX_TOLD = 48_000  # bytes of settings that go over stdin, which waits for nobody
+QUIET = 1  # seconds without a job after which there is time for what can wait
 MAX_CRASHES = 5  # of its editor, which is started again a second later
 # Fields that are files in the container, which are written again as soon as they change.
 IN_FILES = {'env', 'ssh_public_keys', 'git_access', 'git_user_name', 'git_user_email'}
@@ -64,7 +70,10 @@ class Workspaces:
         self._cancelled = {}  # id -> event that is set when the job at work has lost its purpose
         # Id -> {name of a file: secret} for its first clone, only here and only until that is done.
         self._once = {}
-        self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
+        self._told = {}  # id -> the files that its container was given when it was made
+        self.pool = Pool(config, state, engine, templates, self.recipe, probes)
+        self._fresh = set()  # ids of those that were given a member of the pool by this process
+        self._worked_at = 0  # when a job was at work at the last
         # Id -> the turn of those who change it: what one has merged, the next must find.
         self._turns = collections.defaultdict(lambda: gevent.lock.BoundedSemaphore(1))
 
@@ -74,13 +83,11 @@ class Workspaces:
         """Reserve a workspace for a checked body of POST /api/workspaces and begin to make it; return its
         record."""
         record, once = draft(body, self._config)
-        self._templates.tag(record.template)
+        tag = self._templates.tag(record.template)
         self._claim.check()
         names, ports = self._engine.taken()
         self.recipe.check_limits(body)
-        workspace = self._state.reserve(record, flush=False, taken_names=self.recipe.names_of(names),
-                                        taken_ports=ports,
-                                        is_free=self.recipe.is_free)
+        workspace = self._reserve(record, tag, self.recipe.names_of(names), ports)
         self._once[workspace.id] = once
         self._announce(workspace)
         self._begin(workspace.id, self._bring_up)
@@ -91,6 +98,30 @@ class Workspaces:
             self._forget(workspace.id)
             raise
         return workspace
+
+    def _reserve(self, record, tag, names, ports):
+        """Add the record, with what a member of the pool has if one fits, and return it."""
+        member = self.pool.take(record, tag)
+        if member is not None:
+            record.id, record.ports, record.container_id = member.id, member.ports, member.container_id
+            record.warm = True
+        while True:
+            try:
+                workspace = self._state.reserve(record, flush=False, taken_names=names,
+                                                taken_ports=ports | self.pool.ports(),
+                                                is_free=self.recipe.is_free)
+            except PortExhausted:
+                if not self.pool.give_up_one():  # whose ports are better used by this one
+                    raise
+                ports = self._engine.taken()[1]
+            except BaseException:
+                if member is not None:
+                    self.pool.give_back(member)
+                raise
+            else:
+                if member is not None:
+                    self._fresh.add(workspace.id)
+                return workspace
 
     def start(self, id_or_name):
         """Start a stopped workspace, or try again one that failed after it had run; one that runs is left
@@ -179,6 +210,10 @@ class Workspaces:
     def has_job(self, workspace_id):
         """Return whether a job is at work on a workspace."""
         return workspace_id in self._jobs
+
+    def is_quiet(self):
+        """Return whether no job is at work, and none was for QUIET seconds."""
+        return not self._jobs and time.monotonic() - self._worked_at >= QUIET
 
     def join_job(self, workspace_id):
         """Wait for the end of the job that is at work on a workspace, if any."""
@@ -270,6 +305,7 @@ class Workspaces:
             self._fail(workspace_id, 'Internal error; the log of the server has the traceback.',
                        BackendError.code, cancelled)
         finally:
+            self._worked_at = time.monotonic()
             if self._jobs.get(workspace_id) is gevent.getcurrent():
                 del self._jobs[workspace_id]
                 self._cancelled.pop(workspace_id, None)
@@ -291,27 +327,45 @@ class Workspaces:
             workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
                                            container_id=container_id)
             self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
-            start = Start(container_id, warnings)
+            start = Start(container_id, warnings,
+                          again=before.ever_ran and container_id == before.container_id)
             if self._wait_until_ready(workspace_id, start, cancelled):
                 break
             # Of a container that has just cloned, so only once.
             self._publish_ports(workspace_id, start.ports)
             warnings = start.warnings
-        if workspace.type == PERSISTENT:
-            # Only now: until then a crash is an answer, not something to repeat.
-            self._engine.keep_running(container_id)
         self._once.pop(workspace_id, None)
+        with self._turns[workspace_id]:
+            workspace = self._still(workspace_id, CREATING, cancelled)
+            files = self.recipe.files(workspace)
+            if self._told.pop(workspace_id, files) != files:  # it was changed while it took what it was given
+                self._engine.put_files(container_id, files)
         self._set_status(workspace_id, RUNNING, when={CREATING}, ever_ran=True, has_credentials=False,
                          error='',
                          warnings=start.warnings, last_activity_at=time.time())
+        if workspace.type == PERSISTENT:
+            # Only now: until then a crash is an answer, not something to repeat.
+            with contextlib.suppress(DockerError):  # the keeper sees to it when it lacks
+                self._engine.keep_running(container_id)
 
     def _started_container(self, workspace_id, cancelled):
         """Return the id of the workspace's container, started, and made if there is none."""
         container, workspace = self._engine.find(workspace_id), self._still(workspace_id, CREATING, cancelled)
+        if workspace.warm and not workspace.ever_ran:
+            if container is not None and self._hand_over(workspace, container, cancelled):
+                return container.id
+            log.info('Workspace %s is made the cold way: its member of the pool is not to be had.',
+                     workspace_id)
+            self._engine.remove(workspace_id)
+            container = None
+            workspace = self._state.update(workspace_id, when={CREATING}, flush=False, warm=False,
+                                           container_id='')
         if workspace.wants_other_ports:
             workspace = self._claim_ports(workspace)
         if container is not None and container.started and container.ports == set(workspace.ports.values()):
-            self._engine.start(container.id, self._make_network(workspace))
+            if not workspace.ever_ran:  # and nobody knows what it was given
+                self._told[workspace_id] = {}
+            self._engine.start(container.id, self.recipe.network(workspace))
             return container.id
         if container is not None:
             # It publishes other ports, or was never started: a crash may have come before its files were in
@@ -320,6 +374,37 @@ class Workspaces:
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)
         return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled)
+
+    def _hand_over(self, workspace, container, cancelled):
+        """Give a member of the pool to its owner; return False when it is none to be had. What is done twice
+        does no harm."""
+        if workspace.id not in self._fresh:  # a crash came between
+            self._told[workspace.id] = {}
+            if self._engine.get_file(container.id, f'{SETTINGS_FOLDER}/owned'):
+                return True
+            if workspace.has_credentials:
+                return False
+        self._fresh.discard(workspace.id)
+        try:
+            labels = self.recipe.labels(workspace)
+            self._engine.create_volume(self._engine.hold_of(workspace.id), labels)
+            self._engine.rename(container.id, self.recipe.name(workspace.name))
+            with self._turns[workspace.id]:
+                workspace = self._still(workspace.id, CREATING, cancelled)
+                cpus = self.recipe.cpus_of(workspace)
+                if (container.memory, container.cpus) != (workspace.memory, cpus):
+                    self._engine.limit(container.id, memory=workspace.memory, cpus=cpus)
+                files = self.recipe.files(workspace, self._once.get(workspace.id))
+                self._told[workspace.id] = self.recipe.files(workspace)
+                word = secrets.token_hex(16)
+                settings = self.recipe.spoken(files, word)
+                return len(settings) <= MAX_TOLD and self._engine.tell(
+                    container.id, settings, f'workspace: owned {word}\n'.encode())
+        except EngineUnavailable:
+            raise
+        except DockerError as error:
+            log.info('Workspace %s: %s', workspace.id, error)
+            return False
 
     def _make_container(self, workspace, image, cancelled):
         """Create the volume and a started container, on other ports if those reserved turn out to be
@@ -332,14 +417,20 @@ class Workspaces:
                               'the workspace.')
         for volume in (self._engine.volume_of(workspace.id), self._engine.home_of(workspace.id)):
             self._engine.create_volume(volume, self.recipe.labels(workspace))
-        avoid, network = set(), self._make_network(workspace)
+        avoid, network = set(), self.recipe.network(workspace)
         for attempt in range(1, PORT_ATTEMPTS + 1):
             with self._turns[workspace.id]:  # a PATCH is in the record before, or finds the container
                 workspace = self._still(workspace.id, CREATING, cancelled)
-                arguments = self.recipe.container(workspace, image, network)
-                container_id = self._engine.create_container(**arguments)
+                self._told[workspace.id] = self.recipe.files(workspace)
                 files = self.recipe.files(workspace, self._once.get(workspace.id))
-                self._engine.put_files(container_id, files)
+                settings = self.recipe.spoken(files)
+                by_stdin = self._templates.hears(image) and len(settings) <= MAX_TOLD
+                container_id = self._engine.create_container(
+                    **self.recipe.container(workspace, image, network, stdin=by_stdin))
+                if by_stdin:
+                    self._engine.tell(container_id, settings)
+                else:
+                    self._engine.put_files(container_id, files)
             try:
                 self._engine.start(container_id, network)
                 return container_id
@@ -352,21 +443,18 @@ class Workspaces:
                 avoid |= self._engine.taken()[1]
                 workspace = self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
 
-    def _make_network(self, workspace):
-        if self._config.workspace_network:
-            return self._config.workspace_network
-        with self._network:
-            return self._engine.create_network(isolated=True, node=workspace.node)
-
     def _wait_until_ready(self, workspace_id, start, cancelled):
         """Wait until what the user will use answers; return False when it wants more ports first.
 
         Raises DockerError when the container ends first, or does not answer READY_TIMEOUT after its last sign
         of life.
         """
+        begun, looked_at = time.monotonic(), 0
         while True:
             workspace = self._still(workspace_id, CREATING, cancelled)
-            container = self._engine.inspect(start.container_id)
+            waited = time.monotonic() - begun
+            if time.monotonic() - looked_at >= INSPECT_PAUSE:
+                container, looked_at = self._engine.inspect(start.container_id), time.monotonic()
             if container is None:
                 raise DockerError('The container was removed outside Agent Backend while it started.')
             if container.state not in ('running', 'paused'):
@@ -374,7 +462,8 @@ class Workspaces:
                 if container.exit_code == EXIT_WANTS_PORTS and start.ports:
                     return False
                 raise DockerError(self._probes.why_it_ended(container))
-            if self._probes.is_ready(workspace, container.id):
+            # An answer that does not come at once is late, or the question was lost.
+            if self._probes.is_ready(workspace, container, start, min(0.1 + waited / 4, PROBE_TIMEOUT)):
                 self._probes.listen(start, container)
                 return True
             self._probes.listen(start, container, pause=LISTEN_PAUSE)
@@ -385,7 +474,7 @@ class Workspaces:
                 raise DockerError('The workspace did not answer within '
                                   f'READY_TIMEOUT={self._config.ready_timeout} s. '
                                   f'It printed last: {self._probes.last_words(container)}')
-            cancelled.wait(READY_PAUSE)
+            cancelled.wait(min(max(MIN_PAUSE, waited / 20), MAX_PAUSE))
 
     def _publish_ports(self, workspace_id, ports):
         """Let the next container of a workspace publish more ports, as far as there are any."""
@@ -431,13 +520,13 @@ class Workspaces:
 
     def _forget(self, workspace_id):
         self._once.pop(workspace_id, None)
+        self._told.pop(workspace_id, None)
+        self._fresh.discard(workspace_id)
         self._turns.pop(workspace_id, None)
         self._events.publish('status', workspace_id, DELETED)
         self._events.forget(workspace_id)
         self._state.remove(workspace_id)  # with what it has told
-        with self._network, contextlib.suppress(DockerError):
-            if not self._state.all() and not self._config.workspace_network:
-                self._engine.remove_network()
+        self.recipe.drop_network(lambda: self._state.all() or self.pool.ports())
 
     def _fail(self, workspace_id, text, code, cancelled):
         """Set status `error` with the reason, unless the job was superseded.

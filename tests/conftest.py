@@ -330,6 +330,7 @@ class Served:
                          'TEMPLATES_DIR': str(templates_dir), 'DEFAULT_TEMPLATE': 'tiny',
                          'LOG_LEVEL': 'debug', **port_ranges(), **settings}
         self.headers = {}
+        self.command = ['-m', 'agentbackend']
         self.process = None
         self.port = None
 
@@ -341,7 +342,7 @@ class Served:
         already = self.log.stat().st_size
         with self.log.open('a') as log:
             prefix = self.network.prefix if self.network else []
-            self.process = subprocess.Popen([*prefix, sys.executable, '-m', 'agentbackend'], cwd=ROOT,
+            self.process = subprocess.Popen([*prefix, sys.executable, *self.command], cwd=ROOT,
                                             env=env, stdout=log, stderr=log,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
@@ -527,10 +528,11 @@ def make_server(tmp_path, templates_dir, docker_client):
     are shown."""
     servers = []
 
-    def make(*, connected=True, network=None, **settings):
+    def make(*, connected=True, network=None, command=None, **settings):
         folder = tmp_path / f'server{len(servers)}'
         folder.mkdir()
         servers.append(Served(folder, templates_dir, network=network, **settings))
+        servers[-1].command = command or servers[-1].command
         return servers[-1].start(connected=connected)
 
     yield make

@@ -15,7 +15,7 @@ LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', '
           'positions', 'schemas', 'config', 'records', 'store', 'mirror', 'state', 'activity', 'dockerclient',
           'engine', 'access', 'runs', 'execs', 'detached', 'terminals', 'files', 'gitstate', 'repeats',
           'images', 'views', 'pages', 'events', 'waits', 'logs', 'claim', 'probes', 'drafts', 'recipe',
-          'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds', 'clients', 'server',
+          'pool', 'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds', 'clients', 'server',
           'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli', DOOR)
 # They stand apart: clients over HTTP, each of which pays for what it imports only when it needs that.
 APART = {'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli'}
