@@ -30,11 +30,11 @@ SSH = (b'', b'SSH-')
 COLUMNS = ('what', 'n', 'p50', 'p95', 'p99', 'against', 'its p50', 'its p99', 'ratio')
 HEAD = ('| ' + ' | '.join(COLUMNS) + ' |\n'
         '| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |\n')
-# Asks for /health 20 times a second, in a process of its own, until its stdin ends; prints the ms of each.
+# Asks for /health 5 times a second, in a process of its own, until its stdin ends; prints the ms of each.
 WATCH = """
 import http.client, json, select, sys, time
 connection, waits = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=60), []
-while not select.select([sys.stdin], [], [], 0.05)[0]:
+while not select.select([sys.stdin], [], [], 0.2)[0]:
     begun = time.perf_counter()
     connection.request('GET', '/health')
     connection.getresponse().read()
@@ -272,8 +272,9 @@ class Section:
         self._rows, self._remarks, self._pictures = [], [], []
 
     def compare(self, what, ours, against, theirs, *, unit='ms', head=False):
-        """Add a row: values of ours, and of what they are compared with. `head` rows stand in the README
-        too."""
+        """Add a row: values of ours, and of what they are compared with, unless that is themselves. `head`
+        rows stand in the README too."""
+        against, theirs = (against, theirs) if theirs is not ours else ('', [])
         self._row(what, ours, unit, against, theirs, head)
 
     def tell(self, what, values, *, unit='ms', head=False):

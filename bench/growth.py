@@ -25,7 +25,7 @@ def measure(bench, section):
             for what, (values, unit) in found.items():
                 theirs = first.setdefault(what, values)
                 grown.setdefault(what, {})[count] = percentile(values, 0.5)
-                section.compare(f'{what}, {count} workspaces', values, 'one workspace', theirs, unit=unit,
+                section.compare(f'{what}, {count} running', values, 'one workspace', theirs, unit=unit,
                                 head=count == COUNTS[-1] and what in ('create', 'server, RSS'))
     section.picture('growth', 'As workspaces add up', 'running workspaces', 'ms, p50',
                     {what: grown[what] for what in ('create', 'list', 'by id')}, log=False)
@@ -39,7 +39,7 @@ def figures(section, server, create, count):
     used = cpu_of(server)
     gevent.sleep(WATCHED)
     used = (cpu_of(server) - used) / WATCHED * 100
-    with section.watching(server, f'creates, {count} workspaces'):
+    with section.watching(server, f'creates, {count} running'):
         made, = turn_about(TURNS, create, rest=0.3)
     create.delete()
     return {'create': (made, 'ms'),

@@ -1,5 +1,5 @@
-"""What must not become slower, as ratios to what the server stands on: each pair in turn in the same run, and of
-each the quicker quarter, so that a busy machine does not matter. `./run.sh bench` has the figures."""
+"""What must not become slower, as ratios to what the server stands on: each pair in turn in the same run, and
+of each the quicker quarter, so that a busy machine does not matter. `./run.sh bench` has the figures."""
 import pytest
 
 from bench.common import Bench, Http, Plain, ms, percentile, turn_about
