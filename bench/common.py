@@ -25,6 +25,7 @@ from . import ROOT
 
 PICTURES = ROOT / 'bench' / 'pictures'
 ATTEMPT = 0.1  # seconds that one attempt of a probe may take: a lost SYN costs it that, not TCP's second
+IDLE = 5  # seconds after which the server may have closed a connection that nobody used
 EDITOR = (b'GET /healthz HTTP/1.0\r\n\r\n', b' 200 ')  # what is sent, and what shows that it answers
 SSH = (b'', b'SSH-')
 COLUMNS = ('what', 'n', 'p50', 'p95', 'p99', 'against', 'its p50', 'its p99', 'ratio')
@@ -98,6 +99,7 @@ class Http:
 
     def __init__(self, port):
         self._connection = http.client.HTTPConnection('127.0.0.1', port, timeout=120)
+        self._used = 0
 
     def __call__(self, method, path, body=None, **headers):
         content = self.raw(method, path, json.dumps(body) if body is not None else None,
@@ -107,9 +109,12 @@ class Http:
 
     def raw(self, method, path, body=None, **headers):
         """Return the bytes of an answer, which has to be a good one."""
+        if time.monotonic() - self._used > IDLE:
+            self._connection.close()  # and it is opened again
         self._connection.request(method, path, body, headers)
         answer = self._connection.getresponse()
         content = answer.read()
+        self._used = time.monotonic()
         assert answer.status < 300, (method, path, answer.status, content[:500])
         return content
 
@@ -309,7 +314,8 @@ class Section:
         """Draw how a figure grows; `lines` is {name: {x: y}}."""
         import matplotlib
         matplotlib.use('Agg')
-        matplotlib.rcParams['svg.hashsalt'] = 'agentbackend'  # the same figures give the same file
+        # Text as text, and the same figures give the same file.
+        matplotlib.rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': 'agentbackend'})
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(6, 3.5))
         for label, points in lines.items():

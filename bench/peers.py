@@ -15,7 +15,9 @@ import gevent
 from .common import Http, Plain, ms
 
 TITLE = 'Peers'
-PACKAGES = {'docker-py': 'docker', 'llm-sandbox': 'llm-sandbox[docker]', 'SWE-ReX': 'swe-rex'}
+# SWE-ReX needs aiohttp, and does not say so.
+PACKAGES = {'docker-py': ['docker'], 'llm-sandbox': ['llm-sandbox[docker]'],
+            'SWE-ReX': ['swe-rex', 'aiohttp']}
 TURNS, COMMANDS = 6, 8  # commands in a turn
 WORK = {'create': 'create to the first command', 'exec': 'exec of `true`', 'up': '1 MB up',
         'down': '1 MB down'}
@@ -57,10 +59,9 @@ def play(player):
         for verb in WORK:
             found[verb] = [player.do(verb) for _ in range(COMMANDS if verb == 'exec' else 1)]
     except RuntimeError as error:
-        return str(error)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            player.do('close')
+        found = str(error)
+    with contextlib.suppress(RuntimeError):
+        player.do('close')
     return found
 
 
@@ -129,8 +130,8 @@ def install(section, folder, image):
         return done.stderr.strip().splitlines()[-1:] if done.returncode else None
     subprocess.run([sys.executable, '-m', 'venv', folder / 'venv'], check=True)
     there = []
-    for name, package in PACKAGES.items():
-        failed = pip(package)
+    for name, packages in PACKAGES.items():
+        failed = pip(*packages)
         if name == 'SWE-ReX' and not failed:
             # Its server runs in the container, with the container's Python.
             version = subprocess.run(
@@ -138,7 +139,7 @@ def install(section, folder, image):
                  'import sys; print("%d.%d" % sys.version_info[:2])'],
                 capture_output=True, text=True, check=True)
             failed = pip('--target', folder / 'inside', '--only-binary', ':all:', '--python-version',
-                         version.stdout.strip(), package)
+                         version.stdout.strip(), *packages)
         if failed:
             section.remark(f'{name} was not measured: pip could not install it ({failed[0][:200]}).')
         else:
