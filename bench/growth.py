@@ -9,7 +9,7 @@ TITLE = 'As workspaces add up'
 COUNTS = (1, 28, 100)
 TURNS = 5
 ASKED = 50  # times each GET
-WATCHED = 5  # seconds for which the idle server is looked at
+WATCHED = 3  # seconds for which the idle server is looked at
 
 
 def measure(bench, section):

@@ -18,7 +18,7 @@ TITLE = 'Peers'
 # SWE-ReX needs aiohttp, and does not say so.
 PACKAGES = {'docker-py': ['docker'], 'llm-sandbox': ['llm-sandbox[docker]'],
             'SWE-ReX': ['swe-rex', 'aiohttp']}
-TURNS, COMMANDS = 6, 8  # commands in a turn
+TURNS, COMMANDS = 5, 8  # commands in a turn
 WORK = {'create': 'create to the first command', 'exec': 'exec of `true`', 'up': '1 MB up',
         'down': '1 MB down'}
 HERE = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ from .common import Http, cpu_of, memory_of, percentile, turn_about
 TITLE = 'Logs and streams'
 READERS = (1, 100, 1000, 5000)
 LINES = 400_000  # of the race against the engine's own command
-SECONDS = 1.5  # for which each rate is printed
+SECONDS = 1  # for which each rate is printed
 BURST = 0.02  # seconds between what is printed at once
 WORKSPACES = 28
 LISTEN = 'mkfifo /say; while :; do cat /say; done &'
