@@ -118,12 +118,12 @@ class Http:
         assert answer.status < 300, (method, path, answer.status, content[:500])
         return content
 
-    def wait_running(self, name, timeout=1500):
+    def wait_running(self, name, *, pause=0.01, timeout=1500):
         """Wait until a workspace runs, and return its details."""
         deadline = time.monotonic() + timeout
         while (found := self('GET', f'/api/workspaces/{name}'))['status'] != 'running':
             assert found['status'] == 'creating' and time.monotonic() < deadline, found
-            gevent.sleep(0.01)
+            gevent.sleep(pause)
         return found
 
     def running(self, name, **fields):
