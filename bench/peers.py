@@ -127,7 +127,7 @@ def install(section, folder, image):
         done = subprocess.run([folder / 'venv' / 'bin' / 'python', '-m', 'pip', 'install', '--quiet',
                                '--disable-pip-version-check', *words], capture_output=True, text=True,
                               timeout=300, check=False)
-        return done.stderr.strip().splitlines()[-1:] if done.returncode else None
+        return (done.stderr.strip().splitlines() or ['it ended'])[-1] if done.returncode else ''
     subprocess.run([sys.executable, '-m', 'venv', folder / 'venv'], check=True)
     there = []
     for name, packages in PACKAGES.items():
@@ -140,8 +140,12 @@ def install(section, folder, image):
                 capture_output=True, text=True, check=True)
             failed = pip('--target', folder / 'inside', '--only-binary', ':all:', '--python-version',
                          version.stdout.strip(), *packages)
+            # The command that pip makes names a Python that is not in the container.
+            if not failed:
+                (folder / 'inside' / 'bin' / 'swerex-remote').write_text(
+                    '#!/bin/sh\nexec python3 -c "from swerex.server import main; main()" "$@"\n')
         if failed:
-            section.remark(f'{name} was not measured: pip could not install it ({failed[0][:200]}).')
+            section.remark(f'{name} was not measured: pip could not install it ({failed[:200]}).')
         else:
             there.append(name)
     return there
