@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 Written by `./run.sh bench`. The halves of each pair were measured in the same run, in turn. A ratio is ours
 to theirs, of the medians: with times below 1 is faster, with figures per second above 1. Of few values (n)
-p95 and p99 are the longest one. Rows in bold stand in the README too.
+p95 and p99 are the worst one. Rows in bold stand in the README too.
 """
 
 

@@ -341,10 +341,12 @@ class Section:
 
 
 def spread(values, unit, shares):
-    """Return percentiles as text; of a single value there is one."""
-    median, *others = shares
-    return [with_unit(statistics.median(values), unit),
-            *(with_unit(percentile(values, share), unit) if len(values) > 1 else '' for share in others)]
+    """Return percentiles as text; of a single value there is one. With rates, the low ones are the bad
+    ones."""
+    sign = -1 if unit.endswith('/s') else 1
+    signed, (_, *others) = [sign * value for value in values], shares
+    rest = [with_unit(sign * percentile(signed, share), unit) if len(values) > 1 else '' for share in others]
+    return [with_unit(statistics.median(values), unit), *rest]
 
 
 def with_unit(value, unit):
