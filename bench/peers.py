@@ -46,8 +46,8 @@ def measure(bench, section):
                     for verb, values in taken.items() if turn else ():
                         found[name][verb] += values
                     gevent.sleep(1)
-        section.remark('Ours is a cold create, after which editor and SSH answer too; theirs are containers that '
-                       'sleep, and SWE-ReX starts its own server in them.')
+        section.remark('Ours is a cold create, after which editor and SSH answer too; theirs are containers '
+                       'that sleep, and SWE-ReX starts its own server in them.')
         for verb, what in WORK.items():
             for name in found:
                 if name != 'ours' and found[name][verb]:
