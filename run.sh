@@ -2,7 +2,7 @@
 # The single door:
 #   ./run.sh                     serve, on http://127.0.0.1:3100 unless the settings say otherwise
 #   ./run.sh test [pytest args]  run the tests, on a real Docker engine; -m "not engine" are those that need none
-#   ./run.sh bench               measure, and print tables
+#   ./run.sh bench [NAME...]     measure all, or sections of it, against what it stands on
 #   ./run.sh lint                look over the code
 # Settings are environment variables; README.md lists them.
 set -euo pipefail
@@ -194,13 +194,10 @@ run_tests() {
 run_benches() {
     make_venv
     see_to_engine
+    see_to_base_image
     need busybox=busybox-static
     .venv/bin/python -c 'import matplotlib' 2>/dev/null || .venv/bin/pip install -qq --disable-pip-version-check -e '.[bench]'
-    local bench
-    for bench in bench/*.py; do
-        say "$bench"
-        .venv/bin/python "$bench"
-    done
+    .venv/bin/python -m bench "$@"
 }
 
 lint() {
@@ -216,7 +213,7 @@ lint() {
 case "${1:-serve}" in
     serve) serve ;;
     test) shift; run_tests "$@" ;;
-    bench) run_benches ;;
+    bench) shift; run_benches "$@" ;;
     lint) lint ;;
     help | -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" ;;
     *) say "unknown: $1; it takes nothing (serve), test, bench, lint or --help"; exit 2 ;;

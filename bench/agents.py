@@ -1,29 +1,17 @@
-"""How soon an agent's first word reaches its reader, and how many events a second: each against the same
-without this server.
-
-Real Claude Code in a real workspace, with a fake of its API; figures of one run on one machine, of which the
-ratios can be compared.
-"""
-from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
-
+"""How soon an agent's first word reaches its reader, and how many events a second, against the agent's own
+command line: real Claude Code in a real workspace, with a fake of its API."""
 import json
-import shutil
-import statistics
 import subprocess
-import sys
-import tempfile
 import time
 import uuid
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from agents import Execution, put
+from fake_anthropic import FakeAnthropic, bridge_address
 
-import docker  # noqa: E402
-from agents import Execution, put, served_agents  # noqa: E402
-from fake_anthropic import FakeAnthropic, bridge_address  # noqa: E402
+from .common import Http, turn_about
 
-TURNS = 5
+TITLE = 'Agents'
+TURNS = 8
 EVENTS = 50_000
 MESSAGE = {'type': 'progress',
            'data': {'step': 1, 'total': EVENTS, 'message': 'Creating one more of many files...'}}
@@ -36,23 +24,39 @@ setTimeout(() => {{
 """
 
 
+def measure(bench, section):
+    with (FakeAnthropic(bridge_address(bench.client)) as fake,
+          bench.served(ANTHROPIC_BASE_URL=fake.url, ANTHROPIC_API_KEY='key',
+                       AGENT_COMMAND='node /workspace/flood.js') as server):
+        container = Http(server.port).running('work', template='blank')['containerId']
+        put(bench.client, container, 'flood.js', FLOOD)
+        first_word(server), first_line(container, fake)  # the binary is in the page cache then
+        with section.watching(server, 'tasks of Claude'):
+            ours, theirs = turn_about(TURNS, lambda: first_word(server), lambda: first_line(container, fake))
+        section.compare('execute to the first event', ours, 'docker exec claude, to its first line', theirs,
+                        head=True)
+        with section.watching(server, 'a flood of events'):
+            live, cat = events_per_second(server, container)
+        section.compare('events of one task to one reader', [live], 'docker exec cat of the same', [cat],
+                        unit='/s')
+
+
 def first_word(server):
-    """Return the seconds from execute to the agent's first own event."""
-    begun = time.perf_counter()
+    """Return the ms from execute to the agent's first own event."""
+    begun, found = time.perf_counter(), None
     with Execution(server, 'work', 'Say something [script:talk]') as stream:
-        found = None
         for event in stream:
             if found is None and event['id'].split('-')[1] not in ('0', 'end'):
-                found = time.perf_counter() - begun
+                found = (time.perf_counter() - begun) * 1000
     return found
 
 
-def first_line(server, fake):
-    """Return the seconds until the CLI prints its first line when `docker exec` starts it in the same
+def first_line(container, fake):
+    """Return the ms until the CLI prints its first line when `docker exec` starts it in the same
     workspace."""
     env = {'ANTHROPIC_BASE_URL': fake.url, 'ANTHROPIC_API_KEY': 'key', 'HOME': '/home/dev'}
     command = ['docker', 'exec', '-i', '-u', 'dev', '-w', '/workspace/work',
-               *(word for item in env.items() for word in ('-e', '='.join(item))), server.container,
+               *(word for item in env.items() for word in ('-e', '='.join(item))), container,
                'claude', '-p', '--output-format', 'stream-json', '--verbose',
                '--dangerously-skip-permissions', '--session-id', str(uuid.uuid4())]
     begun = time.perf_counter()
@@ -60,14 +64,14 @@ def first_line(server, fake):
         running.stdin.write(b'Say something [script:talk]')
         running.stdin.close()
         running.stdout.readline()
-        found = time.perf_counter() - begun
+        found = (time.perf_counter() - begun) * 1000
         running.stdout.read()
     return found
 
 
-def events_per_second(server):
-    """Return events per second from an agent's flood to a reader, live and told again, and lines per second
-    of `docker exec cat`."""
+def events_per_second(server, container):
+    """Return events per second from an agent's flood to a reader, and lines per second of `docker exec
+    cat`."""
     with Execution(server, 'work', 'flood', agent='command', timeout=120) as stream:
         chunks, begun, rest = stream.chunks(), None, b''
         for data in chunks:
@@ -80,34 +84,6 @@ def events_per_second(server):
         session = stream.headers['x-session-id']
     run = server.get(f'/api/agent/sessions/{session}')['runs'][0]['id']
     begun = time.perf_counter()
-    subprocess.run(['docker', 'exec', server.container, 'cat', f'/workspace/.agentbackend/runs/{run}/log'],
+    subprocess.run(['docker', 'exec', container, 'cat', f'/workspace/.agentbackend/runs/{run}/log'],
                    stdout=subprocess.DEVNULL, check=True)
-    cat = EVENTS / (time.perf_counter() - begun)
-    return live, cat
-
-
-def main():
-    client, folder = docker.from_env(timeout=60), Path(tempfile.mkdtemp())
-    (folder / 'templates').mkdir()
-    try:
-        with (FakeAnthropic(bridge_address(client)) as fake,
-              served_agents(folder, folder / 'templates', client, ANTHROPIC_BASE_URL=fake.url,
-                            ANTHROPIC_API_KEY='key', AGENT_COMMAND='node /workspace/flood.js',
-                            LOG_LEVEL='info') as server):
-            put(client, server.container, 'flood.js', FLOOD)
-            first_word(server), first_line(server, fake)  # the binary is in the page cache then
-            ours = statistics.median(first_word(server) for _ in range(TURNS))
-            theirs = statistics.median(first_line(server, fake) for _ in range(TURNS))
-            live, cat = events_per_second(server)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    for row in (('execute to first event', f'{ours * 1000:.0f} ms',
-                 f'{ours / theirs:.2f} x docker exec claude'),
-                ('docker exec claude to first line', f'{theirs * 1000:.0f} ms', '1'),
-                ('one task to one reader', f'{live:,.0f} events/s', f'{live / cat:.2f} x docker exec cat'),
-                ('docker exec cat of the same', f'{cat:,.0f} lines/s', '1')):
-        print('| {:<34} | {:>16} | {:<26} |'.format(*row))
-
-
-if __name__ == '__main__':
-    main()
+    return live, EVENTS / (time.perf_counter() - begun)

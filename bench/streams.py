@@ -1,45 +1,69 @@
 """How fast lines reach their readers: latency, one reader against the engine's own command, and how many
-messages a second reach 1 to 4,000 readers until less than 99 % of them arrive within a second.
+messages a second reach 1 to 5,000 readers until less than 99 % of them arrive within a second.
 
-    python bench/streams.py [FOLDER [KIND READERS...]]
-
-Prints tables, and puts a plot of each figure into FOLDER, if matplotlib is there. Figures of one run on one
-machine; what can be compared between machines are the ratios.
+    python -m bench.streams --read PORT KIND COUNT WORKSPACE...    the readers' own process
 """
-from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
-
 import contextlib
 import json
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+import gevent
+import gevent.pool
+from gevent import monkey
+from streaming import Sse, Ws
 
-import docker  # noqa: E402
-import gevent.pool  # noqa: E402
-from conftest import Served, remove_images, remove_objects, write_template  # noqa: E402
-from streaming import Sse, Ws  # noqa: E402
+from _agentbackend.positions import Cursor
 
-from _agentbackend.positions import Cursor  # noqa: E402
+from . import ROOT
+from .common import Http, cpu_of, memory_of, percentile, turn_about
 
-READERS = (1, 10, 100, 1000, 4000)
+TITLE = 'Logs and streams'
+READERS = (1, 100, 1000, 5000)
 LINES = 400_000  # of the race against the engine's own command
-SECONDS = 2  # for which each rate is printed
+SECONDS = 1  # for which each rate is printed
 BURST = 0.02  # seconds between what is printed at once
-SETTINGS = {'LOG_LEVEL': 'info', 'MAX_STREAMS': '5000'}
+WORKSPACES = 28
 LISTEN = 'mkfifo /say; while :; do cat /say; done &'
 READABLE = 1  # of epoll
 MARK = b'"type":"log"'
 TEXT = 'a line of a hundred bytes or so, as the lines of a build or of a test run are, most of the time, 1234'
 FIGURES = ('messages/s', 'server CPU %', 'p50 ms', 'p99 ms', 'KB per reader')
+
+
+def measure(bench, section):
+    with bench.served(MAX_STREAMS='7000') as server:
+        http = Http(server.port)
+        names = [f'talker-{number}' for number in range(WORKSPACES)]
+        for name in ('idle', *names):
+            http('POST', '/api/workspaces', {'name': name, 'template': 'tiny', 'env': {'PRINT': LISTEN},
+                                             'ssh': False})
+        for name in ('idle', *names):
+            http.wait_running(name)
+        for idle in (0, 1000):
+            section.tell(f'from the engine to a reader, beside {idle:,} idle ones',
+                         latency(server, bench.client, names[0], idle), head=idle == 1000)
+        race(section, server, http, bench.client)
+        with section.watching(server, f'1,000 readers of {WORKSPACES} workspaces'):
+            best = saturate(server, bench.client, 'ws', 1000, names)
+        section.tell(f'messages to 1,000 WebSockets of {WORKSPACES} workspaces', best['messages/s'],
+                     unit='/s')
+        found = {kind: {} for kind in ('ws', 'sse')}
+        for kind, figures in found.items():
+            with section.watching(server, f'{kind.upper()} readers, at their limit'):
+                for count in READERS:
+                    figures[count] = best = saturate(server, bench.client, kind, count, names[:1])
+                    told = ', '.join(f'{figure} {best[figure]:.0f}' for figure in FIGURES[1:])
+                    section.tell(f'messages to {count:,} {kind.upper()}: {told}', best['messages/s'],
+                                 unit='/s', head=count == 1000)
+        for figure in FIGURES:
+            section.picture('streams-' + re.sub('[^a-zA-Z0-9]+', '-', figure).strip('-'), figure, 'readers',
+                            figure, {kind.upper(): {count: best[figure] for count, best in figures.items()}
+                                     for kind, figures in found.items()})
 
 
 # The readers, in a process of their own: they count bytes, since to understand them would take longer than to
@@ -99,8 +123,9 @@ class Readers:
     """That process, as the bench has it."""
 
     def __init__(self, server, kind, count, workspaces):
-        command = [sys.executable, __file__, '--read', str(server.port), kind, str(count), *workspaces]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, '-m', 'bench.streams', '--read', str(server.port), kind, str(count)]
+        self._process = subprocess.Popen([*command, *workspaces], cwd=ROOT, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout.readline() == 'ready\n'
 
     def take(self):
@@ -120,21 +145,6 @@ class Readers:
 # What is measured
 
 
-def percentile(values, share):
-    return sorted(values)[int(len(values) * share)] if values else float('nan')
-
-
-def cpu_of(server):
-    """Return the seconds of CPU that the server has used."""
-    fields = Path(f'/proc/{server.process.pid}/stat').read_text().rpartition(')')[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-def memory_of(server):
-    """Return the KB of memory that the server uses."""
-    return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{server.process.pid}/status').read_text())[1])
-
-
 def say(client, server, names, rate):
     """Let workspaces print together so many lines a second; return how many each has."""
     burst = max(1, round(rate / len(names) * BURST))
@@ -146,16 +156,17 @@ def say(client, server, names, rate):
     for name in names:
         running = client.api.exec_create(f'{server.instance}-{name}', ['sh', '-c', command])
         jobs.append(gevent.spawn(client.api.exec_start, running['Id']))
-    gevent.joinall(jobs, raise_error=True)
+    gevent.joinall(jobs, timeout=20, raise_error=True)
+    gevent.killall(jobs)
     return burst * bursts
 
 
 def saturate(server, client, kind, count, names):
     """Return the figures of the highest rate at which 99 % reach their readers within a second."""
-    before, best, rate = memory_of(server), None, max(50, 20_000 // count)
+    before, best, rate = memory_of(server), None, max(20, 50_000 // count)
     with Readers(server, kind, count, names) as readers:
         gevent.sleep(3)  # a writer that has nothing to write waits for a second
-        each = (memory_of(server) - before) / count
+        each = (memory_of(server) - before) * 1024 / count
         while rate <= 100_000:
             readers.take()
             cpu, begun = cpu_of(server), time.perf_counter()
@@ -163,7 +174,7 @@ def saturate(server, client, kind, count, names):
             took = time.perf_counter() - begun
             gevent.sleep(1)
             told, waits = readers.take()
-            if told < 0.99 * wanted:
+            if told < 0.99 * wanted or took > 3 * SECONDS:  # they came late, or were printed late
                 break
             used = (cpu_of(server) - cpu) / took * 100
             best = dict(zip(FIGURES, (told / took, used, percentile(waits, 0.5), percentile(waits, 0.99),
@@ -173,8 +184,8 @@ def saturate(server, client, kind, count, names):
 
 
 def latency(server, client, name, idle):
-    """Return (p50, p99) in milliseconds from the engine's stamp to a reader at 100 lines a second, beside
-    idle readers."""
+    """Return the milliseconds from the engine's stamp to a reader at 100 lines a second, beside idle
+    readers."""
     with contextlib.ExitStack() as stack:
         if idle:
             stack.enter_context(Readers(server, 'ws', idle, ['idle']))
@@ -183,126 +194,56 @@ def latency(server, client, name, idle):
                                          ['sh', '-c', 'n=0; while [ $n -lt 300 ]; do echo tick; n=$((n+1)); '
                                                       'usleep 10000; done >/say'])
         client.api.exec_start(running['Id'])
-        _, waits = reader.take()
-    return percentile(waits, 0.5), percentile(waits, 0.99)
+        return reader.take()[1]
 
 
-def lines_per_second(server, client):
-    """Return [(what, lines per second)] of a whole log: through SSE, `docker logs -f`, as plain text, and as
-    the engine itself sends it."""
-    workspace = server.running('race', env={'PRINT': f'yes "{TEXT}" | head -n {LINES}; echo end'})
-    server.until(lambda: server.call('GET', '/api/workspaces/race/logs?tail=1').text == 'end\n', 120)
-    text = server.call('GET', '/api/workspaces/race/logs', stream=True)
-    kept = sum(data.count(b'\n') for data in text.iter_content(2**16))  # the engine keeps the last 48 MB
+def race(section, server, http, client):
+    """Tell how many lines per second of a whole log come through SSE against `docker logs -f`, and as plain
+    text against what the engine itself sends."""
+    container = http.running('race', template='tiny', ssh=False, env={
+        'PRINT': f'yes "{TEXT}" | head -n {LINES}; echo end'})['containerId']
+    server.until(lambda: http.raw('GET', '/api/workspaces/race/logs?tail=1') == b'end\n', 120)
+    kept = http.raw('GET', '/api/workspaces/race/logs').count(b'\n')  # the engine keeps the last 48 MB
 
     def through_sse():
         with Sse(server, '/api/workspaces/race/events?since=0', timeout=60) as stream:
             data = b''
             while b'"message":"end"' not in data:
                 data = data[-20:] + stream.socket.recv(2**18)
-        return kept
 
     def through_docker():
-        with subprocess.Popen(['docker', 'logs', '-f', '-t', workspace['containerId']],
-                              stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(['docker', 'logs', '-f', '-t', container], stdout=subprocess.PIPE) as process:
             while not process.stdout.read1(65536).endswith(b' end\n'):
                 pass
             process.kill()
-        return kept
 
     def as_text():
-        for _ in server.call('GET', '/api/workspaces/race/logs', stream=True).iter_content(2**16):
+        answer = server.call('GET', '/api/workspaces/race/logs', stream=True)
+        for _ in answer.iter_content(2**16):
             pass
-        return kept
 
     def of_the_engine():
-        address = client.api._url('/containers/{0}/logs', workspace['containerId'])
+        address = client.api._url('/containers/{0}/logs', container)
         answer = client.api._get(address, stream=True, params={'stdout': 1, 'stderr': 1, 'timestamps': 1})
         with contextlib.closing(answer):
             while answer.raw._fp.fp.read1(2**16)[-5:] != b'0\r\n\r\n':
                 pass
-        return kept
 
-    found = []
-    # The first reader of a workspace also waits until the engine has found where its log ends.
-    for name, function in (('the first SSE reader', through_sse), ('one SSE reader', through_sse),
-                           ('docker logs -f', through_docker),
-                           ('GET /logs', as_text), ("the engine's raw stream", of_the_engine)):
+    def timed(function):
         begun = time.perf_counter()
-        found.append((name, function() / (time.perf_counter() - begun)))
-    server.call('DELETE', '/api/workspaces/race')
-    return found
-
-
-def show(rows):
-    for row in rows:
-        print('| {:<34} | {:>18} | {:<30} |'.format(*row), flush=True)
-
-
-def plot(folder, kinds, found):
-    """Put a picture of each figure into a folder."""
-    try:
-        import matplotlib
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
-    except ImportError:
-        print('matplotlib is not there, so there are no plots: pip install .[bench]')
-        return
-    for figure in FIGURES:
-        pyplot.figure(figsize=(6, 4))
-        for kind in kinds:
-            counts = [count for of, count in found if of == kind]
-            pyplot.plot(counts, [found[kind, count][figure] for count in counts], marker='o',
-                        label=kind.upper())
-        pyplot.xscale('log')
-        pyplot.xlabel('readers')
-        pyplot.ylabel(figure)
-        pyplot.ylim(bottom=0)
-        pyplot.legend()
-        pyplot.tight_layout()
-        pyplot.savefig(folder / f"streams-{re.sub('[^a-zA-Z0-9]+', '-', figure)}.png")
-
-
-def main(folder=None, kind=None, *counts):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    client, place = docker.from_env(timeout=60), Path(tempfile.mkdtemp())
-    (place / 'templates').mkdir()
-    write_template(place / 'templates', 'tiny', test := place.name)
-    server = Served(place, place / 'templates', **SETTINGS)
-    kinds, counts = [kind] if kind else ['ws', 'sse'], [int(count) for count in counts] or READERS
-    try:
-        server.start()
-        names = [f'talker-{number}' for number in range(1 if kind else 28)]
-        for name in ('idle', *names):
-            server.running(name, env={'PRINT': LISTEN}, ssh=False)
-        if not kind:
-            for idle in (0, 1000):
-                p50, p99 = latency(server, client, names[0], idle)
-                show([(f'stamp to reader beside {idle:,}', f'p50 {p50:.1f} ms', f'p99 {p99:.1f} ms')])
-            found = lines_per_second(server, client)
-            show([(name, f'{rate:,.0f} lines/s', f'{rate / group[-1][1]:.2f} x {group[-1][0]}')
-                  for group in (found[:3], found[3:]) for name, rate in group])
-            for one in kinds:
-                best = saturate(server, client, one, 1000, names)
-                show([(f'1,000 {one.upper()} of {len(names)} workspaces',
-                       f"{best['messages/s']:,.0f} messages/s", f"{best['server CPU %']:.0f} % CPU")])
-        print('| readers | ' + ' | '.join(FIGURES) + ' |')
-        found = {}
-        for one in kinds:
-            for count in counts:
-                best = found[one, count] = saturate(server, client, one, count, names[:1])
-                figures = ' | '.join(f'{best[figure]:,.1f}' for figure in FIGURES)
-                print(f'| {count:,} {one.upper()} | {figures} |', flush=True)
-        plot(Path(folder or '.'), kinds, found)
-    finally:
-        server.stop()
-        remove_objects(client, server.instance)
-        remove_images(client, test)
-        shutil.rmtree(place, ignore_errors=True)
+        function()
+        return kept / (time.perf_counter() - begun)
+    # The first reader of a workspace also waits until the engine has found where its log ends.
+    section.tell('a whole log, the first SSE reader', timed(through_sse), unit='lines/s')
+    with section.watching(server, 'readers of whole logs'):
+        for what, ours, against, theirs in (
+                ('one SSE reader', through_sse, 'docker logs -f', through_docker),
+                ('GET /logs', as_text, "the engine's raw stream", of_the_engine)):
+            one, two = turn_about(3, lambda ours=ours: timed(ours), lambda theirs=theirs: timed(theirs))
+            section.compare(f'a whole log, {what}', one, against, two, unit='lines/s',
+                            head=ours is through_sse)
+    http('DELETE', '/api/workspaces/race')
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--read']:
-        read(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:])
-    else:
-        main(*sys.argv[1:])
+    read(sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:])
