@@ -316,11 +316,25 @@ def port_ranges():
             'CUSTOM_PORTS': f'{start + 136}-{start + PORT_SLOT - 1}'}
 
 
+def program_with(constants):
+    """Return the arguments of a Python that runs the server with other values of constants of its modules."""
+    lines = ['import agentbackend', 'import importlib']
+    for name, value in constants.items():
+        module, _, constant = name.rpartition('.')
+        lines += [f"module = importlib.import_module('_agentbackend.{module}')",
+                  f'assert hasattr(module, {constant!r})', f'module.{constant} = {value!r}']
+    return ['-c', '\n'.join([*lines, 'agentbackend.main()'])]
+
+
 class Served:
     """A server in a process of its own, under an instance of its own, with its settings, its log and a small
-    client."""
+    client.
 
-    def __init__(self, folder, templates_dir, *, network=None, **settings):
+    Times that no setting has may be shorter for a test: `constants` are {'tasks.TIDY_PAUSE': seconds}.
+    """
+
+    def __init__(self, folder, templates_dir, *, network=None, constants=None, **settings):
+        self._program = program_with(constants) if constants else ['-m', 'agentbackend']
         self.folder = folder
         self.network = network
         self.instance = 'test-' + uuid.uuid4().hex[:8]
@@ -341,7 +355,7 @@ class Served:
         already = self.log.stat().st_size
         with self.log.open('a') as log:
             prefix = self.network.prefix if self.network else []
-            self.process = subprocess.Popen([*prefix, sys.executable, '-m', 'agentbackend'], cwd=ROOT,
+            self.process = subprocess.Popen([*prefix, sys.executable, *self._program], cwd=ROOT,
                                             env=env, stdout=log, stderr=log,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
@@ -358,14 +372,15 @@ class Served:
     def until(self, condition, timeout=30):
         """Return what `condition` gives as soon as it is true; fail with the server's log when it never
         is."""
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.02
         while time.monotonic() < deadline:
             value = condition()
             if value:
                 return value
             if self.process.poll() is not None:
                 break
-            time.sleep(0.03)
+            time.sleep(pause)
+            pause = min(pause * 1.3, 0.2)  # what takes long is asked for less often: that takes its time too
         raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n'
                              + self.log.read_text()[-6000:])
 
@@ -527,10 +542,10 @@ def make_server(tmp_path, templates_dir, docker_client):
     are shown."""
     servers = []
 
-    def make(*, connected=True, network=None, **settings):
+    def make(*, connected=True, **settings):
         folder = tmp_path / f'server{len(servers)}'
         folder.mkdir()
-        servers.append(Served(folder, templates_dir, network=network, **settings))
+        servers.append(Served(folder, templates_dir, **settings))
         return servers[-1].start(connected=connected)
 
     yield make
