@@ -18,6 +18,7 @@ from pathlib import Path
 import docker
 import gevent
 import gevent.event
+import gevent.pool
 import pytest
 import requests
 
@@ -34,6 +35,9 @@ LIMIT = 900  # seconds that one test may take, with the build of an image
 BASE_IMAGE = pytest.StashKey()  # the greenlet that has it built
 # Test runs beside each other must not take each other's ports; below those that the kernel gives away.
 PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
+# Files that take longer than their size tells.
+LONG = ('test_adoption.py', 'test_agents_exact.py', 'test_accessibility.py', 'test_streams_exact.py',
+        'test_reference.py')
 LOCKS = []  # files that are locked as long as this run goes on
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.
@@ -137,8 +141,8 @@ def pytest_collection_modifyitems(items):
         if 'docker_client' in item.fixturenames:
             item.add_marker('engine')
     later = {item.path for item in items if 'base_image' in item.fixturenames}
-    # The largest files first, so that runs beside each other end at about the same time.
-    items.sort(key=lambda item: (item.path in later, -item.path.stat().st_size))
+    # The longest files first, so that runs beside each other end at about the same time.
+    items.sort(key=lambda item: (item.path in later, item.path.name not in LONG, -item.path.stat().st_size))
 
 
 def lock(what):
@@ -524,10 +528,12 @@ def remove_objects(client, instance):
     deadline = time.monotonic() + 20
     for item in client.api.volumes(filters={'label': f'agentbackend.claim={instance}'})['Volumes'] or ():
         client.api.remove_volume(item['Name'], force=True)
+
+    def remove(container):
+        with contextlib.suppress(docker.errors.APIError):
+            client.api.remove_container(container['Id'], force=True, v=True)
     while objects_of(client, instance) and time.monotonic() < deadline:
-        for item in client.api.containers(all=True, filters=filters):
-            with contextlib.suppress(docker.errors.APIError):
-                client.api.remove_container(item['Id'], force=True, v=True)
+        gevent.pool.Pool(8).map(remove, client.api.containers(all=True, filters=filters))
         for item in client.api.volumes(filters=filters)['Volumes'] or ():
             with contextlib.suppress(docker.errors.APIError):
                 client.api.remove_volume(item['Name'], force=True)
