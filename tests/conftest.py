@@ -384,7 +384,7 @@ class Served:
             if self.process.poll() is not None:
                 break
             time.sleep(pause)
-            pause = min(pause * 1.3, 0.2)  # what takes long is asked for less often: that takes its time too
+            pause = min(pause * 1.3, 0.1)  # to ask takes its time as well
         raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n'
                              + self.log.read_text()[-6000:])
 
