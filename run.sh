@@ -184,10 +184,11 @@ run_tests() {
         '' | '-m not engine') ;;
         *) exec .venv/bin/python -m pytest "$@" ;;
     esac
-    # Most tests wait most of the time, so there are more runs than cores; they share the files.
+    # Most tests wait most of the time, so there is a run more than cores, or as many as RUNS says; they share the
+    # files.
     local share run runs=() status=0
     share=$(mktemp -d)
-    for run in $(seq "$(nproc)"); do
+    for run in $(seq $((${RUNS:-$(nproc) + 1} - 1))); do
         .venv/bin/python -m pytest --share="$share" "$@" >"$share/output$run" 2>&1 &
         runs+=($!)
     done

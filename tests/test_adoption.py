@@ -311,7 +311,7 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     made = {name: server.wait_status(name, 'running') for name in types}
     verb(server, 'idle', 'stop')
     server.wait_status('idle', 'stopped')
-    server.create('slow', env={'SLOW': '5'})
+    server.create('slow', env={'SLOW': '3'})
     server.until(lambda: engine.client.api.containers(filters={'name': f'{server.instance}-slow'}))
     engine.end(number)
     server.until(lambda: server.get('/health')['docker'] == 'disconnected', 15)
@@ -396,10 +396,10 @@ def test_workspaces_that_come_and_go_leave_no_greenlet_and_no_open_file(
     try:
         while not backend.keeper.connected:
             time.sleep(0.05)
-        rounds(2)
+        rounds(1)
         time.sleep(1)
         before = living(), open_files()
-        rounds(4)
+        rounds(3)
         deadline = time.monotonic() + 5
         while living() > before[0] + 1 or open_files() > before[1] + 2:
             assert time.monotonic() < deadline, (before, living(), open_files())

@@ -2,6 +2,7 @@
 API, on the real engine."""
 import base64
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -33,14 +34,14 @@ printf '%s\\n' "$first"; cat
 LAST_WORD = '{"type":"result","subtype":"success","result":"done","num_turns":1,"duration_ms":5}'
 
 
-@pytest.fixture
-def start_agents(tmp_path, agents_template, docker_client):
-    """A function that starts servers whose workspaces have an agent `claude` which does what its task
+@contextlib.contextmanager
+def starting_agents(place, agents_template, docker_client):
+    """Give a function that starts servers whose workspaces have an agent `claude` which does what its task
     says."""
     servers = []
 
     def start(*names, **settings):
-        folder = tmp_path / f'agents{len(servers)}'
+        folder = place / f'agents{len(servers)}'
         folder.mkdir()
         server = Served(folder, agents_template[0],
                         **{'DEFAULT_TEMPLATE': 'agents', 'AGENT_COMMAND': 'claude', **settings})
@@ -52,11 +53,26 @@ def start_agents(tmp_path, agents_template, docker_client):
             server.container = container
         return server
 
-    yield start
-    for server in servers:
-        server.stop()
-        print(f'--- log of {server.instance}\n' + server.log.read_text()[-8000:])
-        remove_objects(docker_client, server.instance)
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.stop()
+            print(f'--- log of {server.instance}\n' + server.log.read_text()[-8000:])
+            remove_objects(docker_client, server.instance)
+
+
+@pytest.fixture
+def start_agents(tmp_path, agents_template, docker_client):
+    with starting_agents(tmp_path, agents_template, docker_client) as start:
+        yield start
+
+
+@pytest.fixture(scope='module')
+def printing(tmp_path_factory, agents_template, docker_client):
+    """A server of that kind which some tests share, with a key."""
+    with starting_agents(tmp_path_factory.mktemp('printing'), agents_template, docker_client) as start:
+        yield start('work', ANTHROPIC_API_KEY='canary-0123456789')
 
 
 def restart(server):
@@ -127,7 +143,7 @@ def test_a_server_that_was_replaced_while_it_stood_still_does_nothing_any_more(
     server = make_server()
     server.running('work')
     os.kill(server.process.pid, signal.SIGSTOP)
-    other = Served(tmp_path, server.settings['TEMPLATES_DIR'])
+    other = Served(tmp_path, server.settings['TEMPLATES_DIR'], constants={'claim.ANSWER_TIME': 2})
     other.instance = other.settings['INSTANCE'] = server.instance
     try:
         other.start()
@@ -306,8 +322,8 @@ STAMPS = ('2026-01-01T00:00:00+99:99', '\uff12\uff10\uff12\uff16-01-01T00:00:00'
           '9' * 5000)
 
 
-def test_no_stamp_of_an_agent_breaks_its_session(start_agents):
-    server = start_agents('work')
+def test_no_stamp_of_an_agent_breaks_its_session(printing):
+    server = printing
     lines = [json.dumps({'type': 'assistant', 'timestamp': stamp,
                          'message': {'content': [{'type': 'text', 'text': f'word {number}'}]}})
              for number, stamp in enumerate(STAMPS)]
@@ -371,26 +387,28 @@ def test_an_image_without_the_user_of_agents_is_told(make_server):
     assert answer.status_code == 400 and 'needs the user dev' in answer.json()['error'], answer.text
 
 
-def test_a_session_whose_transcript_can_not_be_deleted_now_is_not_forgotten(start_agents, docker_client):
-    server = start_agents('work')
-    do(server, LAST_WORD, sessionId='s')
+def test_a_session_whose_transcript_can_not_be_deleted_now_is_not_forgotten(printing, docker_client):
+    server = printing
+    do(server, LAST_WORD, sessionId='lasting')
     shell(docker_client, server.container,
           'chattr +i /workspace/.agentbackend/runs/*/out || { mv /bin/rm /bin/rm-away; }', user='root')
-    answer = server.call('DELETE', '/api/agent/sessions/s')
+    answer = server.call('DELETE', '/api/agent/sessions/lasting')
     assert (answer.status_code, answer.json()['code']) == (502, 'DOCKER_ERROR')
-    assert server.get('/api/agent/sessions/s')['id'] == 's'
+    assert server.get('/api/agent/sessions/lasting')['id'] == 'lasting'
     shell(docker_client, server.container,
           'mv /bin/rm-away /bin/rm; chattr -i /workspace/.agentbackend/runs/*/out', user='root')
-    assert server.call('DELETE', '/api/agent/sessions/s').status_code == 200
-    assert shell(docker_client, server.container, 'ls /workspace/.agentbackend/runs')[1] == ''
+    before = runs_of(docker_client, server)
+    assert server.call('DELETE', '/api/agent/sessions/lasting').status_code == 200
+    assert len(runs_of(docker_client, server)) == len(before) - 1
 
 
-def test_no_secret_is_shown_as_the_name_of_a_field_either(start_agents):
-    server = start_agents('work', ANTHROPIC_API_KEY='canary-0123456789', DEFAULT_AGENT='command')
+def test_no_secret_is_shown_as_the_name_of_a_field_either(printing):
+    server = printing
     secret = '\\u0063anary-0123456789'
     data = f'{{"canary-0123456789":1,"{secret}":{{"{secret}":2}}}}'
-    do(server, f'{{"type":"progress","data":{data}}}', sessionId='s')
-    assert 'canary' not in json.dumps(transcript(server, 's'))
+    do(server, f'{{"type":"progress","data":{data}}}', sessionId='secret', agent='command')
+    told = json.dumps(transcript(server, 'secret'))
+    assert '"progress"' in told and 'canary' not in told
 
 
 def test_ended_tasks_beyond_the_limit_are_forgotten_with_their_files(start_agents, docker_client):
@@ -399,7 +417,11 @@ def test_ended_tasks_beyond_the_limit_are_forgotten_with_their_files(start_agent
         do(server, LAST_WORD, sessionId=f's{number}')
     server.until(lambda: len(server.get('/api/agent/sessions')) == 3)
     assert [item['id'] for item in server.get('/api/agent/sessions')] == ['s2', 's3', 's4']
-    assert len(shell(docker_client, server.container, 'ls /workspace/.agentbackend/runs')[1].split()) == 3
+    assert len(runs_of(docker_client, server)) == 3
+
+
+def runs_of(docker_client, server):
+    return shell(docker_client, server.container, 'ls /workspace/.agentbackend/runs')[1].split()
 
 
 # Who may call
