@@ -178,15 +178,25 @@ run_tests() {
     esac
     need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
         nginx=nginx-light caddy=caddy faketime=faketime rsync=rsync
-    [ $# = 0 ] || exec .venv/bin/python -m pytest "$@"
-    # Most tests wait for the engine, so two runs share the files.
-    local share other status=0
+    # Else each of the many Pythons that the tests start would compile the code anew.
+    unset PYTHONDONTWRITEBYTECODE
+    case "$*" in
+        '' | '-m not engine') ;;
+        *) exec .venv/bin/python -m pytest "$@" ;;
+    esac
+    # Most tests wait most of the time, so there is a run more than cores, or as many as RUNS says; they share the
+    # files.
+    local share run runs=() status=0
     share=$(mktemp -d)
-    .venv/bin/python -m pytest --share="$share" >"$share/output" 2>&1 &
-    other=$!
-    .venv/bin/python -m pytest --share="$share" || status=$?
-    wait "$other" || status=$?
-    cat "$share/output"
+    for run in $(seq $((${RUNS:-$(nproc) + 1} - 1))); do
+        .venv/bin/python -m pytest --share="$share" "$@" >"$share/output$run" 2>&1 &
+        runs+=($!)
+    done
+    .venv/bin/python -m pytest --share="$share" "$@" || status=$?
+    for run in "${runs[@]}"; do
+        wait "$run" || status=$?
+    done
+    cat "$share"/output*
     rm -r "$share"
     return "$status"
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 import docker
 import gevent
 import gevent.event
+import gevent.pool
 import pytest
 import requests
 
@@ -34,6 +35,9 @@ LIMIT = 900  # seconds that one test may take, with the build of an image
 BASE_IMAGE = pytest.StashKey()  # the greenlet that has it built
 # Test runs beside each other must not take each other's ports; below those that the kernel gives away.
 PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
+# Files that take longer than their size tells.
+LONG = ('test_adoption.py', 'test_agents_exact.py', 'test_accessibility.py', 'test_streams_exact.py',
+        'test_reference.py')
 LOCKS = []  # files that are locked as long as this run goes on
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.
@@ -137,8 +141,8 @@ def pytest_collection_modifyitems(items):
         if 'docker_client' in item.fixturenames:
             item.add_marker('engine')
     later = {item.path for item in items if 'base_image' in item.fixturenames}
-    # The largest files first, so that runs beside each other end at about the same time.
-    items.sort(key=lambda item: (item.path in later, -item.path.stat().st_size))
+    # The longest files first, so that runs beside each other end at about the same time.
+    items.sort(key=lambda item: (item.path in later, item.path.name not in LONG, -item.path.stat().st_size))
 
 
 def lock(what):
@@ -316,11 +320,25 @@ def port_ranges():
             'CUSTOM_PORTS': f'{start + 136}-{start + PORT_SLOT - 1}'}
 
 
+def program_with(constants):
+    """Return the arguments of a Python that runs the server with other values of constants of its modules."""
+    lines = ['import agentbackend', 'import importlib']
+    for name, value in constants.items():
+        module, _, constant = name.rpartition('.')
+        lines += [f"module = importlib.import_module('_agentbackend.{module}')",
+                  f'assert hasattr(module, {constant!r})', f'module.{constant} = {value!r}']
+    return ['-c', '\n'.join([*lines, 'agentbackend.main()'])]
+
+
 class Served:
     """A server in a process of its own, under an instance of its own, with its settings, its log and a small
-    client."""
+    client.
 
-    def __init__(self, folder, templates_dir, *, network=None, **settings):
+    Times that no setting has may be shorter for a test: `constants` are {'tasks.TIDY_PAUSE': seconds}.
+    """
+
+    def __init__(self, folder, templates_dir, *, network=None, constants=None, **settings):
+        self.program = program_with(constants) if constants else ['-m', 'agentbackend']
         self.folder = folder
         self.network = network
         self.instance = 'test-' + uuid.uuid4().hex[:8]
@@ -342,7 +360,7 @@ class Served:
         already = self.log.stat().st_size
         with self.log.open('a') as log:
             prefix = self.network.prefix if self.network else []
-            self.process = subprocess.Popen([*prefix, sys.executable, *self.command], cwd=ROOT,
+            self.process = subprocess.Popen([*prefix, sys.executable, *self.program], cwd=ROOT,
                                             env=env, stdout=log, stderr=log,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         self.port = int(self.wait_for_log(' serves http://', already).rpartition(':')[2].split()[0])
@@ -359,14 +377,15 @@ class Served:
     def until(self, condition, timeout=30):
         """Return what `condition` gives as soon as it is true; fail with the server's log when it never
         is."""
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.02
         while time.monotonic() < deadline:
             value = condition()
             if value:
                 return value
             if self.process.poll() is not None:
                 break
-            time.sleep(0.03)
+            time.sleep(pause)
+            pause = min(pause * 1.3, 0.1)  # to ask takes its time as well
         raise AssertionError(f'not within {timeout} s (server ended: {self.process.poll()}); its log:\n'
                              + self.log.read_text()[-6000:])
 
@@ -510,10 +529,12 @@ def remove_objects(client, instance):
     deadline = time.monotonic() + 20
     for item in client.api.volumes(filters={'label': f'agentbackend.claim={instance}'})['Volumes'] or ():
         client.api.remove_volume(item['Name'], force=True)
+
+    def remove(container):
+        with contextlib.suppress(docker.errors.APIError):
+            client.api.remove_container(container['Id'], force=True, v=True)
     while objects_of(client, instance) and time.monotonic() < deadline:
-        for item in client.api.containers(all=True, filters=filters):
-            with contextlib.suppress(docker.errors.APIError):
-                client.api.remove_container(item['Id'], force=True, v=True)
+        gevent.pool.Pool(8).map(remove, client.api.containers(all=True, filters=filters))
         for item in client.api.volumes(filters=filters)['Volumes'] or ():
             with contextlib.suppress(docker.errors.APIError):
                 client.api.remove_volume(item['Name'], force=True)
@@ -528,11 +549,10 @@ def make_server(tmp_path, templates_dir, docker_client):
     are shown."""
     servers = []
 
-    def make(*, connected=True, network=None, command=None, **settings):
+    def make(*, connected=True, **settings):
         folder = tmp_path / f'server{len(servers)}'
         folder.mkdir()
-        servers.append(Served(folder, templates_dir, network=network, **settings))
-        servers[-1].command = command or servers[-1].command
+        servers.append(Served(folder, templates_dir, **settings))
         return servers[-1].start(connected=connected)
 
     yield make

@@ -1,6 +1,7 @@
 """Holds the answers that the tests provoke to the OpenAPI document, which is stricter here: no field may come
 that it does not name."""
 import copy
+import functools
 import json
 import re
 import urllib.parse
@@ -60,6 +61,13 @@ def validator_of(key, schema):
     return VALIDATORS[key]
 
 
+@functools.lru_cache(100)
+def errors_of(key, text):
+    """Return what is wrong with an answer; what is asked for again and again is mostly the same."""
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:500]}"
+            for error in VALIDATORS[key].iter_errors(json.loads(text))]
+
+
 def fits(route, path):
     """Tell whether a path is one of a route's."""
     return re.fullmatch(re.sub(r'<\w+(:path)?>', lambda match: '.+' if match[1] else '[^/]+', route.path),
@@ -100,11 +108,11 @@ def check_answer(method, url, status, headers, read):
         key, schema = 'error', {'$ref': '#/components/schemas/Error'}
     else:
         key, schema = (operation['operationId'], status), content[media_type]['schema']
-    value = json.loads(read())
-    errors = [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:500]}"
-              for error in validator_of(key, schema).iter_errors(value)]
+    text = read()
+    validator_of(key, schema)
+    errors = errors_of(key, text)
     assert not errors, f'{told}, and that is not as the OpenAPI document says:\n' + '\n'.join(errors[:5])
     if status >= 400 and str(status) in promised:
-        codes = content[media_type]['examples']
-        assert value['code'] in codes, \
-            f"{told} with {value['code']}, and the OpenAPI document knows only {sorted(codes)}"
+        codes, code = content[media_type]['examples'], json.loads(text)['code']
+        assert code in codes, \
+            f"{told} with {code}, and the OpenAPI document knows only {sorted(codes)}"

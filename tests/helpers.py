@@ -96,6 +96,15 @@ def lose(path):
             path.with_name(path.name + end).unlink()
 
 
+def lose_all(client, server):
+    """Remove the state file of a server that was killed, and its claim to the instance: the next one, whose
+    state has another name, would wait for its owner to answer."""
+    lose(state_path(server))
+    filters = {'label': f'agentbackend.claim={server.instance}'}
+    for item in client.api.volumes(filters=filters)['Volumes'] or ():
+        client.api.remove_volume(item['Name'])
+
+
 def give_records(server, *workspaces):
     """Let a server that is stopped know workspaces when it starts: those of the file that earlier versions
     kept are taken over."""

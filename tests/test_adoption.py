@@ -19,7 +19,7 @@ from helpers import (
     inspect,
     kept,
     left_of,
-    lose,
+    lose_all,
     patch,
     same_mounts,
     seconds_left,
@@ -180,7 +180,7 @@ def test_a_half_made_workspace_is_finished(make_server, docker_client, container
 def test_a_half_made_workspace_without_a_record_is_adopted(make_server, docker_client, container):
     server = make_server()
     make_half(server, docker_client, 'half', container=container)
-    lose(state_path(server))
+    lose_all(docker_client, server)
     server.start()
     found = server.wait_status('half', 'stopped')
     assert found['gitUrl'] == 'https://git.invalid/x.git' and found['codeServerPort']
@@ -194,16 +194,12 @@ def test_a_half_made_workspace_without_a_record_is_adopted(make_server, docker_c
 
 # The state file
 
-def damage(server):
-    lose(state_path(server))
+def damage(client, server):
+    lose_all(client, server)
     state_path(server).write_text('{"version": 1, "workspaces": [{"id": "ws-')
 
 
-def lose_it(server):
-    lose(state_path(server))
-
-
-@pytest.mark.parametrize('harm', [lose_it, damage])
+@pytest.mark.parametrize('harm', [lose_all, damage])
 def test_without_the_state_file_everything_is_adopted_from_the_engine(make_server, docker_client, harm):
     server = make_server()
     wishes = {'plain': {'env': {'KEPT': 'a=b'}, 'ports': [3000], 'labels': {'team': 'a'}, 'cpus': 0.5,
@@ -218,7 +214,7 @@ def test_without_the_state_file_everything_is_adopted_from_the_engine(make_serve
     before = {item['id']: server.get(f"/api/workspaces/{item['id']}")
               for item in server.get('/api/workspaces')}
     server.kill()
-    harm(server)
+    harm(docker_client, server)
     server.start()
     server.until(lambda: len(server.get('/api/workspaces')) == 4)
     after = {item['id']: server.get(f"/api/workspaces/{item['id']}")
@@ -251,7 +247,7 @@ def test_a_workspace_is_adopted_though_its_image_was_removed(own_templates, make
     verb(server, 'old', 'stop')
     server.wait_status('old', 'stopped')
     server.kill()
-    lose(state_path(server))
+    lose_all(docker_client, server)
     docker_client.api.remove_image(inspect(docker_client, server, 'old')['Image'], force=True)
     server.start()
     assert server.wait_status('old', 'stopped')['type'] == 'persistent'
@@ -287,7 +283,7 @@ def test_the_volume_of_a_temporary_workspace_without_container_and_record_is_rem
     server = make_server()
     workspace = server.running('temp', type='temporary')
     server.kill()
-    lose(state_path(server))
+    lose_all(docker_client, server)
     docker_client.api.remove_container(workspace['containerId'], force=True)
     server.start()
     server.until(lambda: objects_of(docker_client, server.instance) == [])
@@ -315,7 +311,7 @@ def check_engine_outage(make_server, network, engine, number, *, survives):
     made = {name: server.wait_status(name, 'running') for name in types}
     verb(server, 'idle', 'stop')
     server.wait_status('idle', 'stopped')
-    server.create('slow', env={'SLOW': '5'})
+    server.create('slow', env={'SLOW': '3'})
     server.until(lambda: engine.client.api.containers(filters={'name': f'{server.instance}-slow'}))
     engine.end(number)
     server.until(lambda: server.get('/health')['docker'] == 'disconnected', 15)
@@ -400,10 +396,10 @@ def test_workspaces_that_come_and_go_leave_no_greenlet_and_no_open_file(
     try:
         while not backend.keeper.connected:
             time.sleep(0.05)
-        rounds(2)
+        rounds(1)
         time.sleep(1)
         before = living(), open_files()
-        rounds(4)
+        rounds(3)
         deadline = time.monotonic() + 5
         while living() > before[0] + 1 or open_files() > before[1] + 2:
             assert time.monotonic() < deadline, (before, living(), open_files())

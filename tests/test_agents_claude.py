@@ -25,6 +25,7 @@ from agents import (
     shell,
     transcript,
 )
+from conftest import concurrently
 from fake_anthropic import SERVER, FakeAnthropic, bridge_address, heard
 from streaming import Sse, Ws
 
@@ -252,9 +253,15 @@ def test_an_agent_that_says_nothing_is_ended(server, docker_client):
     server.until(lambda: not running(docker_client, server.container, 'stream-json'), 5)
 
 
-def test_a_command_that_takes_longer_than_an_agent_may_be_silent_is_let_be(server):
+@pytest.fixture(scope='module')
+def patient(server):
+    """The events of two tasks at once which take their time."""
     with restarted(server, AGENT_IDLE_TIMEOUT='12'):
-        events = do(server, '[script:tests]')
+        return concurrently(lambda: do(server, '[script:tests]'), lambda: do(server, '[script:delegating]'))
+
+
+def test_a_command_that_takes_longer_than_an_agent_may_be_silent_is_let_be(server, patient):
+    events, _ = patient
     assert end_of(events)[0] == 'result', events[-1]
     again = transcript(server, events[0]['sessionId'])
     times = [parse_time(event['timestamp']) for event in again]
@@ -313,10 +320,10 @@ def test_a_command_in_the_background_is_not_waited_for_and_outlives_the_task(ser
         shell(docker_client, server.container, 'pkill -f "sleep 65.5"')
 
 
-def test_another_agent_in_the_background_is_waited_for(server):
-    begun = time.monotonic()
-    events = do(server, '[script:delegating]')
-    assert end_of(events)[1]['message'] == 'The patient work was done.' and time.monotonic() - begun > 9
+def test_another_agent_in_the_background_is_waited_for(patient):
+    _, events = patient
+    begun, over = (parse_time(events[number]['timestamp']) for number in (0, -1))
+    assert end_of(events)[1]['message'] == 'The patient work was done.' and over - begun > 9
     assert messages(events) == ['It is being worked on.', 'The patient work was done.']
 
 

@@ -11,7 +11,8 @@ import threading
 
 import javascript
 import pytest
-from helpers import give_records
+from conftest import Served, remove_objects
+from helpers import give_records, state_path
 
 CONTRACT = javascript.CLIENTS / 'contract'
 
@@ -86,7 +87,7 @@ def browser(packages, pages):
 
 
 @pytest.fixture
-def server(port_3100, make_server, own_templates):
+def server(port_3100, tmp_path, own_templates, docker_client):
     """A server on the port that the contract's code has, on which its template is a small one, and with its
     workspace ws-abc123."""
     folder, add_template = own_templates
@@ -94,12 +95,15 @@ def server(port_3100, make_server, own_templates):
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(('127.0.0.1', port_3100))  # fails when another program has it, and says so
-    server = make_server(PORT=str(port_3100), TEMPLATES_DIR=str(folder))
-    server.kill()
+    server = Served(tmp_path, folder, PORT=str(port_3100))
+    state_path(server).parent.mkdir()
     record = {'id': 'ws-abc123', 'name': 'myold', 'folder': 'myold', 'type': 'persistent', 'template': 'tiny',
               'created_at': 1.0, 'status': 'error', 'error': 'made up'}
     give_records(server, record)
-    return server.start()
+    yield server.start()
+    server.stop()
+    print(f'--- log of {server.instance}\n' + server.log.read_text()[-8000:])
+    remove_objects(docker_client, server.instance)
 
 
 def test_the_react_component_shows_the_status_as_it_changes(server, browser):

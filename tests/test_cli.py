@@ -90,9 +90,21 @@ def test_it_imports_nothing_of_the_server():
         '_agentbackend', *(f'_agentbackend.{name}' for name in ('cli', 'console', 'remote'))]
 
 
+@pytest.fixture(scope='module')
+def helps():
+    """What each verb says of itself, all in one process: {verb: text}."""
+    text = ('import contextlib, io, json, sys; from _agentbackend.cli import cli; told = {}\n'
+            'for verb in sys.argv[1:]:\n'
+            '    with contextlib.redirect_stdout(io.StringIO()) as said:\n'
+            '        cli.main([verb, "--help"], prog_name="agentbackend", standalone_mode=False)\n'
+            '    told[verb] = said.getvalue()\n'
+            'print(json.dumps(told))')
+    return json.loads(subprocess.check_output([sys.executable, '-c', text, *VERBS], cwd=ROOT))
+
+
 @pytest.mark.parametrize('verb', VERBS)
-def test_the_help_of_each_verb_has_an_example(verb):
-    told = subprocess.check_output([PROGRAM, verb, '--help'], text=True)
+def test_the_help_of_each_verb_has_an_example(helps, verb):
+    told = helps[verb]
     assert f'agentbackend {verb}' in told.partition('Example:')[2] and '--json' in told
 
 

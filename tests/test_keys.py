@@ -14,7 +14,7 @@ def pairs(tmp_path_factory):
     """{kind: (public, private)} of new keys."""
     folder, made = tmp_path_factory.mktemp('keys'), {}
     for kind in KINDS:
-        make(folder / kind, '-t', kind)
+        make(folder / kind, '-t', kind, *(['-b', '2048'] if kind == 'rsa' else []))  # is sooner found
         made[kind] = ((folder / f'{kind}.pub').read_text(), (folder / kind).read_text())
     return made
 
@@ -74,10 +74,20 @@ def test_a_private_key_is_taken_however_it_is_pasted(pairs, kind, tmp_path):
         assert shown.stdout.split()[:2] == public.split()[:2]
 
 
-def test_older_formats_of_private_keys_are_taken(tmp_path):
-    for number, options in enumerate((('-t', 'rsa', '-m', 'PEM'), ('-t', 'rsa', '-m', 'PKCS8'))):
-        private = make(tmp_path / f'old-{number}', *options)
-        path = tmp_path / f'new-{number}'
+def written_anew(private, path, form, passphrase=''):
+    """Return a private key in an older format."""
+    path.write_text(private)
+    path.chmod(0o600)
+    subprocess.run(['ssh-keygen', '-q', '-p', '-P', '', '-N', passphrase, '-m', form, '-f', path],
+                   stdout=subprocess.DEVNULL, check=True)
+    return path.read_text()
+
+
+def test_older_formats_of_private_keys_are_taken(pairs, tmp_path):
+    for form, words in (('PEM', 'BEGIN RSA PRIVATE KEY'), ('PKCS8', 'BEGIN PRIVATE KEY')):
+        private = written_anew(pairs['rsa'][1], tmp_path / f'old-{form}', form)
+        assert words in private
+        path = tmp_path / f'new-{form}'
         path.write_text(parse_private_key(private.replace('\n', '\r\n')))
         path.chmod(0o600)
         subprocess.run(['ssh-keygen', '-y', '-f', path], capture_output=True, check=True)
@@ -85,7 +95,7 @@ def test_older_formats_of_private_keys_are_taken(tmp_path):
 
 def test_a_private_key_that_cannot_serve_is_refused_and_not_quoted(pairs, tmp_path):
     locked = make(tmp_path / 'locked', '-t', 'ed25519', passphrase='secret')
-    old = make(tmp_path / 'old', '-t', 'rsa', '-m', 'PEM', passphrase='secret')
+    old = written_anew(pairs['rsa'][1], tmp_path / 'old', 'PEM', 'secret')
     assert 'passphrase' in refused(parse_private_key, locked)
     assert 'passphrase' in refused(parse_private_key, old)
     lines = pairs['rsa'][1].splitlines()

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import gevent
 import pytest
 from agents import running, seconds_until, served_agents, shell
 from conftest import ROOT
@@ -30,21 +31,43 @@ EVERYTHING = CONFINED | {'list_workspaces', 'list_templates', 'create_workspace'
 def server(tmp_path_factory, agents_template, docker_client):
     with served_agents(tmp_path_factory.mktemp('mcp'), agents_template[0], docker_client,
                        DEFAULT_TEMPLATE='agents', AGENT_COMMAND='sh', DEFAULT_AGENT='command') as served:
+        served.clients = {}
         yield served
+        for client in served.clients.values():
+            client.close()
 
 
 def url_of(server):
     return f'http://127.0.0.1:{server.port}'
 
 
-def told(server, *calls, options=(), resources=(), where=None, token=None):
-    """Return what the client was told: its calls are (tool, arguments) or (tool, arguments, patience)."""
-    wanted = {'server': where or [PROGRAM, '--url', url_of(server), 'mcp', *options], 'token': token,
-              'calls': [[*call, None][:3] for call in calls], 'resources': list(resources)}
-    done = subprocess.run([sys.executable, CLIENT], input=json.dumps(wanted), capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+class Client:
+    """The official client, which talks with an MCP server: a command line that is started, or a URL."""
+
+    def __init__(self, where, token=None):
+        self._process = subprocess.Popen([sys.executable, CLIENT], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+        self._say({'server': where, 'token': token})
+
+    def told(self, *calls, resources=()):
+        """Return what it was told: its calls are (tool, arguments) or (tool, arguments, patience)."""
+        self._say({'calls': [[*call, None][:3] for call in calls], 'resources': list(resources)})
+        with gevent.Timeout(120):
+            return json.loads(self._process.stdout.readline() or 'null')
+
+    def close(self):
+        self._process.communicate(timeout=20)
+
+    def _say(self, wanted):
+        self._process.stdin.write(json.dumps(wanted) + '\n')
+        self._process.stdin.flush()
+
+
+def told(server, *calls, options=(), resources=()):
+    """Return what a client was told that the tests share, as it would all day long."""
+    if options not in server.clients:
+        server.clients[options] = Client([PROGRAM, '--url', url_of(server), 'mcp', *options])
+    return server.clients[options].told(*calls, resources=resources)
 
 
 def results(server, *calls, **options):
@@ -75,17 +98,18 @@ def test_each_tool_is_described_for_a_model_that_has_never_seen_it(server):
 
 
 def test_a_client_that_only_reads_is_offered_nothing_else(server):
-    found = told(server, ('delete_workspace', {'workspace': 'work'}), options=['--read-only'])
+    found = told(server, ('delete_workspace', {'workspace': 'work'}), options=('--read-only',))
     assert all(tool['annotations']['readOnlyHint'] for tool in found['tools']) and len(found['tools']) > 10
     assert found['results'][0]['error'] and server.call('GET', '/api/workspaces/work').status_code == 200
 
 
 def test_a_confined_client_reaches_one_workspace(server):
     server.running('other')
+    confined = ('--workspace', 'work')
     found = told(server, ('show_workspace', {'workspace': 'other'}),
                  ('show_workspace', {'workspace': 'work'}),
                  ('run_command', {'workspace': server.get('/api/workspaces/other')['id'], 'command': 'true'}),
-                 ('start_task', {'workspace': 'other', 'task': 'true'}), options=['--workspace', 'work'])
+                 ('start_task', {'workspace': 'other', 'task': 'true'}), options=confined)
     assert {tool['name'] for tool in found['tools']} == CONFINED
     assert [item['error'] for item in found['results']] == [True, False, True, True]
     assert 'confined to the workspace work' in found['results'][0]['text']
@@ -95,7 +119,7 @@ def test_a_confined_client_reaches_one_workspace(server):
     mine = results(server, ('start_task', task))[0]['session']
     assert all('confined' in text for text in refusals(
         server, ('read_transcript', {'session': session}), ('start_task', {**task, 'session': session}),
-        ('start_task', {**task, 'workspace': 'other', 'session': mine}), options=['--workspace', 'work']))
+        ('start_task', {**task, 'workspace': 'other', 'session': mine}), options=confined))
 
 
 def test_a_workspace_from_its_making_to_its_end(server):
@@ -227,8 +251,8 @@ def test_it_is_served_over_http_to_those_with_the_token_on_this_machine(guarded)
         assert status(Authorization='Bearer wrong') == 401
         assert status(**token, Host='evil.example.org') in (403, 421)
         assert status(**token, Origin='http://evil.example.org') == 403
-        where = f'http://127.0.0.1:{port}/mcp'
-        found = told(guarded, ('list_workspaces', {}), where=where, token='open sesame')
+        with contextlib.closing(Client(f'http://127.0.0.1:{port}/mcp', 'open sesame')) as client:
+            found = client.told(('list_workspaces', {}))
         assert found['results'][0]['data'] == {'result': []}
     finally:
         process.terminate()

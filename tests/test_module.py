@@ -1,6 +1,7 @@
 """The house as texts: its layers, the homes of foreign libraries, the reading direction, and that what others
 call is described."""
 import ast
+import functools
 import re
 import symtable
 
@@ -47,13 +48,16 @@ class Module:
                 yield from ((f'{node.name}.{item.name}', item) for item in node.body
                             if isinstance(item, ast.FunctionDef))
 
+    @functools.cache  # noqa: B019 - there are as many as files
     def imports(self):
-        """Yield (line, module) of everything that is imported, wherever it stands."""
+        """Return [(line, module)] of everything that is imported, wherever it stands."""
+        found = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                yield from ((node.lineno, alias.name) for alias in node.names)
+                found += [(node.lineno, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                yield node.lineno, node.module
+                found.append((node.lineno, node.module))
+        return found
 
 
 MODULES = [Module(name) for name in LAYERS]

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import Served, concurrently, objects_of, port_ranges, remove_objects, write_template
+from conftest import Served, concurrently, objects_of, port_ranges, program_with, remove_objects, write_template
 from helpers import PUBLIC_KEY, delete, in_container, inspect, left_of, lose, patch, state_path, verb
 
 # As the entrypoint of templates/base: it takes its settings over stdin, once, and sshd comes last.
@@ -37,10 +37,11 @@ nc -ll -p 2222 -e /bin/banner &
 echo "workspace: started in $PROJECT_DIR"
 while :; do sleep 1000 & wait $!; done
 """
+# Pauses of a pool that is in no hurry.
+HASTY = {'pool.FIRST_RETRY': 1, 'pool.LOOK_PAUSE': 1, 'workspaces.QUIET': 0.1, 'keeper.TEND_PAUSE': 0.1}
 # A server that is killed as soon as it has done a step of a claim.
 KILLED = """
 import os, signal, sys
-import agentbackend
 from _agentbackend.engine import Engine
 from _agentbackend.probes import Probes
 from _agentbackend.state import State
@@ -55,7 +56,6 @@ def killing(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(OWNERS[owner], name, killing)
-agentbackend.main()
 """
 # Each step of a claim, and whether a server that has lost its state file can know that there was one.
 STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush'], False),
@@ -82,7 +82,7 @@ def hearing(own_templates, layers):
 def pooled(hearing, make_server):
     """A function that starts a server with a pool, whose images are there."""
     def make(pool='hears:2', **settings):
-        return make_server(**{'TEMPLATES_DIR': str(hearing[0]), 'PREBUILD': 'hears',
+        return make_server(**{'TEMPLATES_DIR': str(hearing[0]), 'PREBUILD': 'hears', 'constants': HASTY,
                               'DEFAULT_TEMPLATE': 'hears', 'WARM_POOL': pool, **settings})
     return make
 
@@ -251,13 +251,10 @@ def test_full_ranges_give_members_up_before_a_user_is_refused(pooled, docker_cli
 @pytest.mark.parametrize(('kind', 'said'), [('nothing', "template is 'nothing', but known are"),
                                             ('tiny', 'does not take its settings over stdin'),
                                             ('hears', 'memory holds no more')])
-def test_what_keeps_a_pool_empty_is_said(kind, said, pooled, tmp_path):
-    program = tmp_path / 'server.py'
-    # What a container is counted with is as much as the machine has.
-    room = 2**50 if kind == 'hears' else 2**20
-    program.write_text(f'import agentbackend, _agentbackend.pool\n_agentbackend.pool.ROOM = {room}\n'
-                       'agentbackend.main()')
-    server = pooled(f'{kind}:1', command=[str(program)], PREBUILD='tiny' if kind == 'tiny' else 'hears')
+def test_what_keeps_a_pool_empty_is_said(kind, said, pooled):
+    room = 2**50 if kind == 'hears' else 2**20  # what a container is counted with: more than any machine has
+    server = pooled(f'{kind}:1', PREBUILD='tiny' if kind == 'tiny' else 'hears',
+                    constants={**HASTY, 'pool.ROOM': room})
     server.until(lambda: said in (pool_of(server, kind)['error'] or ''), 40)
     assert server.get('/health')['status'] == 'healthy'
     server.create('works', template='tiny')
@@ -280,7 +277,8 @@ def test_without_the_setting_nothing_is_left_of_a_pool(pooled, docker_client):
 
 def claim_and_die(server, step):
     """Have the server killed at a step of a claim."""
-    server.command = ['-c', KILLED, *step]
+    option, text = program_with(HASTY)
+    server.program = [option, text.replace('agentbackend.main()', f'{KILLED}\nagentbackend.main()'), *step]
     server.start()
     wait_ready(server)
     answer = subprocess.run(
@@ -321,7 +319,7 @@ def test_a_kill_at_any_step_of_a_claim_loses_and_leaves_nothing(state, hearing, 
             claim_and_die(server, words)
             if state == 'lost':
                 lose(state_path(server))
-            server.command = ['-m', 'agentbackend']
+            server.program = program_with(HASTY)
             server.start()
             found = check_survivors(docker_client, server)
             if state == 'kept':

@@ -573,6 +573,8 @@ def texts_of_errors():
     codes, found = {error.__name__: error.code for error in every_error()}, collections.defaultdict(list)
     for path in [ROOT / 'agentbackend.py', *(ROOT / '_agentbackend').rglob('*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.ClassDef, ast.Call)):
+                continue
             name = node.name if isinstance(node, ast.ClassDef) else ast.unparse(getattr(node, 'func', node))
             if name in codes:
                 found[codes[name]] += texts_in(node)

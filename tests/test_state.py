@@ -562,7 +562,13 @@ def fill(folder):
             file.write(bytes(4096))
 
 
-def test_a_full_disk_is_told_and_everything_is_written_when_there_is_room_again(small_disk):
+@pytest.fixture
+def hasty(monkeypatch):
+    """What could not be written is soon tried again."""
+    monkeypatch.setattr(state_module, 'RETRY_PAUSE', 0.1)
+
+
+def test_a_full_disk_is_told_and_everything_is_written_when_there_is_room_again(small_disk, hasty):
     state = State(small_disk / 'state.sqlite', RANGES)
     state.open()
     workspace = state.reserve(draft(labels={'small': 'x'}))
@@ -586,7 +592,7 @@ def test_a_full_disk_is_told_and_everything_is_written_when_there_is_room_again(
     state.close()
 
 
-def test_a_record_that_can_not_be_written_keeps_no_other_from_the_file(open_state, caplog):
+def test_a_record_that_can_not_be_written_keeps_no_other_from_the_file(open_state, caplog, hasty):
     state = open_state()
     good, bad = state.reserve(draft('good')), state.reserve(draft('bad'))
     for value in ({1, 2}, 10**5000, float('inf')):
@@ -601,7 +607,7 @@ def test_a_record_that_can_not_be_written_keeps_no_other_from_the_file(open_stat
     assert 'can not be written' in caplog.text
 
 
-def test_the_writer_outlives_whatever_happens_to_it(open_state, monkeypatch):
+def test_the_writer_outlives_whatever_happens_to_it(open_state, monkeypatch, hasty):
     state, rows = open_state(), State._rows
     workspace = state.reserve(draft())
     other = state.reserve(draft(name='other'))
@@ -610,7 +616,7 @@ def test_the_writer_outlives_whatever_happens_to_it(open_state, monkeypatch):
         state.update(workspace.id, status=RUNNING)
     monkeypatch.setattr(State, '_rows', rows)
     state.update(other.id, error='later', flush=False)
-    gevent.sleep(1.2)
+    gevent.sleep(0.2)
     assert state.try_flush() and kept(state.path)[other.id]['error'] == 'later'
     assert kept(state.path)[workspace.id]['status'] == RUNNING
 

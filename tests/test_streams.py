@@ -325,7 +325,7 @@ def test_what_makes_no_sense_is_told_and_the_connection_stays(server, sent, code
 def test_a_connection_has_a_limit_of_subscriptions(make_server):
     """A hundred workspaces would be slow to make: their records are enough, and need no container."""
     server = make_server()
-    server.kill()
+    server.stop()
     made = [{'id': f'ws-fake{number:04}', 'name': f'f{number}', 'folder': 'f', 'type': 'persistent',
              'template': 'tiny', 'created_at': 1.0, 'status': 'error',
              'error': 'made up'} for number in range(101)]

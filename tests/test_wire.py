@@ -524,7 +524,7 @@ def test_a_flood_of_one_client_leaves_the_others_their_turn(server, first, flood
     with Ws(server) as stream:
         stream.socket.sendall(first)
         stream.socket.setblocking(False)
-        for _ in range(20):
+        for _ in range(8):
             for _ in range(200):  # as much as there is room for
                 with contextlib.suppress(BlockingIOError):
                     rest = rest or flood * (65536 // len(flood) + 1)
