@@ -6,7 +6,15 @@ import subprocess
 import time
 
 import pytest
-from conftest import Served, concurrently, objects_of, port_ranges, program_with, remove_objects, write_template
+from conftest import (
+    Served,
+    concurrently,
+    objects_of,
+    port_ranges,
+    program_with,
+    remove_objects,
+    write_template,
+)
 from helpers import PUBLIC_KEY, delete, in_container, inspect, left_of, lose, patch, state_path, verb
 
 # As the entrypoint of templates/base: it takes its settings over stdin, once, and sshd comes last.

@@ -55,6 +55,48 @@ def made(server, name, **fields):
     return server.wait_status(name, 'running', 'error', timeout=1500)
 
 
+STOCK = """\
+# An editor whose inside is not as expected.
+ARG BASE_IMAGE
+FROM ${BASE_IMAGE}
+RUN sed -i "s/typeof used !== 'function'/true/" /usr/local/lib/agentbackend/editor.js
+"""
+
+
+@pytest.mark.parametrize('template', ['blank', 'stock'])
+def test_what_was_made_ahead_is_its_owners(template, key, tmp_path, docker_client, base_image):
+    (tmp_path / 'stock').mkdir()
+    (tmp_path / 'stock' / 'Dockerfile').write_text(STOCK)
+    server = Served(tmp_path, tmp_path, PREBUILD=template, WARM_POOL=f'{template}:1').start()
+    try:
+        server.until(lambda: server.get('/health')['pool'][template]['ready'], 120)
+        workspace = server.create('mine', template=template, env={'HELLO': 'there'}, gitUserName='Ann',
+                                  sshPublicKeys=[key.with_suffix('.pub').read_text().strip()])
+        assert workspace['warm']
+        workspace = server.wait_status('mine', 'running')
+        said = ssh(workspace, key, 'echo $HELLO $WORKSPACE_NAME; git -C $PROJECT_DIR log --format=%an')
+        assert said.stdout == ('there mine\nAnn\n' if template == 'blank' else 'there mine\n')
+        answer = server.call('POST', '/api/workspaces/mine/exec',
+                             {'command': 'pwd; echo $PROJECT_DIR'}).json()
+        assert answer['data']['stdout'] == '/workspace/mine\n/workspace/mine\n'
+        editor = f"http://127.0.0.1:{workspace['codeServerPort']}"
+        session = requests.Session()
+        session.post(f'{editor}/login', data={'password': workspace['codeServerPassword']}, timeout=20)
+        opened = session.get(editor, timeout=20)
+        assert 'workbench' in opened.text and opened.url.endswith('/?folder=/workspace/mine')
+        _, processes = inside(docker_client, server, 'mine', 'pgrep -af "code-server|editor.js"; '
+                              'cat /proc/$(pgrep -of "editor.js|out/node/entry")/environ | tr "\\0" "\\n"')
+        assert ('out/node/entry' in processes) is (template == 'stock')
+        assert 'EDITOR_OWNER' not in processes
+    finally:
+        server.stop()
+        print(server.log.read_text()[-5000:])
+        remove_objects(docker_client, server.instance)
+        if template == 'stock':
+            for image in docker_client.images.list('agentbackend/stock'):
+                docker_client.images.remove(image.id, force=True)
+
+
 def test_a_workspace_has_an_editor_ssh_bun_and_keeps_its_files(real, key, docker_client):
     workspace = made(real, 'main', sshPublicKeys=[key.with_suffix('.pub').read_text().strip()])
     assert workspace['status'] == 'running', workspace
