@@ -287,7 +287,8 @@ class Section:
         self._row(what, values if isinstance(values, list) else [values], unit, '', [], head)
 
     def _row(self, what, ours, unit, against, theirs, head):
-        ratio = f'{statistics.median(ours) / statistics.median(theirs):.2f}' if theirs else ''
+        below = statistics.median(theirs) if theirs else 0
+        ratio = f'{statistics.median(ours) / below:.2f}' if below else ''
         row = [f'**{what}**' if head else what, f'{len(ours):,}', *spread(ours, unit, (0.5, 0.95, 0.99)),
                against, *(spread(theirs, unit, (0.5, 0.99)) if theirs else ('', '')), ratio]
         self._rows.append(row)
