@@ -277,6 +277,9 @@ class Pool:
             if container is None or not container.up:
                 raise DockerError(self._probes.why_it_ended(container) if container else 'It was removed.')
             self._probes.listen(start, container)
+            if start.is_late:
+                raise DockerError('The code-server of its image is another one inside than that of '
+                                  'templates/base, and cannot wait for an owner.')
             if start.waits and self._probes.health(draft, container_id) is not None:
                 return
             if time.monotonic() > until:

@@ -38,6 +38,7 @@ class Start:
         self.crashes = 0
         self.is_up = False  # all is there, it has said
         self.waits = False  # for its owner, it has said
+        self.is_late = False  # its editor begins only when it has one, it has said
 
     def take(self, text):
         """Take a line of its log."""
@@ -53,6 +54,7 @@ class Start:
             self.ports = [port for port in found if port < 65536 and port not in taken][:20]
         elif ' ended with status ' in said:
             self.crashes += 1
+        self.is_late = self.is_late or said.endswith('the editor starts by its own command')
         self.waits = self.waits or said == 'waits for its owner'
         self.is_up = self.is_up or said.startswith('started in ')
 
