@@ -41,6 +41,7 @@ BASE_PAUSE = 2  # seconds between looks for a base image that somebody makes
 LAST_LINES = 12  # of a build that failed
 STEP = re.compile(r'Step (\d+)/(\d+) : ')
 TELL_PAUSE = 10  # seconds between two lines of our log about a build
+SEEN_FOR = 1  # seconds for which a state is told without a look into the folder again
 MAX_LOG = 1000  # lines that are kept of a build
 MAX_LINE = 1000  # characters of one
 MAX_QUOTED = 200  # characters of one that our log or an error quotes
@@ -100,6 +101,7 @@ class Templates:
         self._builds = {}
         self._logs = {}  # name -> the lines of its last build
         self._errors = {}
+        self._seen = {}  # name -> (when, the tag that its folder made then)
         self._digests = {}  # name -> (what was seen of its files, a digest of their content)
         self._ready = {}  # name -> the tag that was last seen on the engine
         self._hearing = set()  # tags of images whose entrypoint takes its settings over stdin
@@ -128,7 +130,10 @@ class Templates:
         """Return {image, state, error, build}: state is ready, building, failed or missing, as last seen;
         `build` is the Build that goes on, or None."""
         try:
-            tag = self.tag(name)
+            seen_at, tag = self._seen.get(name, (0, None))
+            if time.monotonic() - seen_at > SEEN_FOR:
+                tag = self.tag(name)
+                self._seen[name] = time.monotonic(), tag
         except UnreadableTemplate as error:
             return {'image': f'{PREFIX}/{name.lower()}', 'state': 'failed', 'error': str(error),
                     'build': None}
