@@ -29,15 +29,18 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     recipe       what a workspace's container is made of: its files, environment, limits and mounts
     drafts       bodies of the API as records of workspaces, and the names of the secrets in them
     probes       readiness, last words and usage of workspaces
-    claim        the claim of one server to an instance on an engine
     logs         what containers print, followed once for all who read it
     waits        waiting for a workspace to become what a client waits for
     events       what happened, in a ring of batches per topic, in which readers are positions
     pages        the OpenAPI document, the dashboard and the reference
     views        records as the objects of the API, events as they go over the wire
     images       templates, and the images built from them
+    swarm        several nodes as one engine: what is asked of which, placement, and images on their way
+    nodes        machines with an engine each: which there are, how they are reached, whether they answer
+    claim        the claim of one server to an instance on an engine
     access       where the files of a workspace are reached, and how programs of ours run there
     engine       containers, volumes and networks on a Docker engine
+    alone        what an engine answers that is the only one
     dockerclient docker-py, its errors in our words
     activity     what keeps workspaces alive just now
     state        workspaces and sessions in one locked dict each, mirrored to a file
@@ -92,9 +95,7 @@ from _agentbackend.clients import (
 )
 from _agentbackend.config import Config
 from _agentbackend.detached import Detached
-from _agentbackend.dockerclient import DockerClient
 from _agentbackend.dockerlog import STDERR
-from _agentbackend.engine import Engine
 from _agentbackend.events import Events
 from _agentbackend.execs import Execs, short_output
 from _agentbackend.execs import events as command_events
@@ -124,6 +125,7 @@ from _agentbackend.runs import Runs
 from _agentbackend.schemas import Schemas
 from _agentbackend.server import Server
 from _agentbackend.state import State
+from _agentbackend.swarm import engine_of
 from _agentbackend.talks import CommandClient, TerminalClient
 from _agentbackend.tasks import Tasks
 from _agentbackend.terminals import Terminals
@@ -133,6 +135,7 @@ from _agentbackend.views import (
     view_failure,
     view_health,
     view_image,
+    view_node,
     view_session,
     view_session_details,
     view_usage,
@@ -521,6 +524,13 @@ def get_usage(backend, call):
                   if item.status == RUNNING})
 
 
+def list_nodes(backend, call):
+    """List the machines that workspaces are on. Without several engines it is one."""
+    found = backend.state.all()
+    return Reply([view_node(node, [item for item in found if item.node == node['node']])
+                  for node in backend.engine.nodes()])
+
+
 def list_templates(backend, call):
     """List the templates that a workspace can be made from."""
     templates, default = backend.templates, backend.config.default_template
@@ -587,7 +597,7 @@ ROUTES = (
     Route('POST', '/api/workspaces', create_workspace, body='workspace-create', query='wait-query',
           tag='Workspaces', becomes=RUNNING, answers={201: 'workspace'}, headers=('Location',),
           errors=(errors.WorkspaceAlreadyExists, errors.WorkspaceNotRunning, errors.PortExhausted,
-                  *ENGINE_TROUBLE)),
+                  errors.NoRoom, *ENGINE_TROUBLE)),
     Route('GET', '/api/usage', get_usage, tag='Workspaces', answers={200: 'usage'}),
     Route('GET', '/api/workspaces/<id>', get_workspace, query='wait-query', tag='Workspaces',
           answers={200: 'workspace-details'}, errors=(errors.WorkspaceNotRunning,)),
@@ -661,6 +671,7 @@ ROUTES = (
     Route('GET', '/agent/ws', open_websocket, open=True, tag='Streams', answers={101: None},
           talk=('websocket-message', 'any-event')),
     Route('POST', '/api/tickets', issue_ticket, tag='Streams', answers={201: 'ticket'}),
+    Route('GET', '/api/nodes', list_nodes, tag='Server', answers={200: 'node-list'}, errors=ENGINE_TROUBLE),
     Route('GET', '/api/templates', list_templates, tag='Server', answers={200: 'template-list'}),
     Route('GET', '/api/templates/<name>/log', read_build_log, tag='Server', answers={200: PLAIN_TEXT},
           errors=(errors.NotFound,)),
@@ -688,9 +699,8 @@ class Backend:
             Path(config.state_dir) / f'{config.instance}.sqlite',
             {'codeServer': config.code_server_ports, 'ssh': config.ssh_ports, 'custom': config.custom_ports})
         self.events = Events(state, config.secrets())
-        self.client = DockerClient(host=config.docker_host, tls_verify=config.docker_tls_verify,
-                                   cert_path=config.docker_cert_path)
-        self.engine = engine = Engine(self.client, instance=config.instance, recorded=state.container_of)
+        self.client, self.engine = engine_of(config, state)
+        engine = self.engine
         self.templates = Templates(
             self.client, [DATA / 'templates', *filter(None, [config.templates_dir])],
             base_image=config.base_image, base_image_timeout=config.base_image_timeout,

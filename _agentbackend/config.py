@@ -100,7 +100,14 @@ def parse_path(text):
 
 def parse_address(text):
     """Return an IP address; the engine binds ports to no names."""
-    return str(ipaddress.ip_address(text))
+    return text if text == NODE_ADDRESS else str(ipaddress.ip_address(text))
+
+
+def parse_template(text):
+    """Return a URL with {address} or {name} of a node."""
+    if not re.fullmatch(r'(ssh|tcp|unix)://[^{}]*(\{(address|name)\}[^{}]*)+', text):
+        raise ValueError('it is a URL such as tcp://{address}:2376, with {address} or {name}')
+    return text
 
 
 def parse_log_level(text):
@@ -115,7 +122,9 @@ def parse_command(text):
     return tuple(shlex.split(text))
 
 
-EVERYWHERE = ('0.0.0.0', '::')  # addresses of all interfaces of a machine
+NODE_ADDRESS = '{node}'  # a bind address: that of the node
+# Bind addresses behind which a machine is reached by whatever address it has.
+EVERYWHERE = ('0.0.0.0', '::', NODE_ADDRESS)
 SECRET_SETTINGS = ('api_token', 'anthropic_api_key', 'anthropic_auth_token', 'claude_code_oauth_token')
 
 
@@ -134,7 +143,12 @@ class Config:
                         'Address the server listens on. Any other than loopback needs `API_TOKEN`.')
     docker_host: str = setting('', str,
                                'Docker engine, as `unix:///path`, a bare socket path, or `tcp://host:port`. '
-                               'Empty is the default socket.')
+                               'Empty is the default socket. Several with commas between, `ssh://host` '
+                               'among them, or `swarm://manager,manager`, are '
+                               '[several nodes](#from-one-machine-to-three).')
+    node_engines: str = setting('ssh://{address}', parse_template,
+                                'How the engine of a node of a swarm is reached: a URL with `{address}` or '
+                                '`{name}`.')
     docker_tls_verify: str = setting('', str,
                                      'As for the `docker` command: not empty makes a `tcp://` engine prove '
                                      'itself.')
@@ -159,8 +173,9 @@ class Config:
     custom_ports: tuple = setting('10000-10999', parse_port_range,
                                   'Host ports for the `ports` of a workspace.')
     workspace_bind_address: str = setting('127.0.0.1', parse_address,
-                                          'Host address that published ports are bound to; links name it, or '
-                                          'for `0.0.0.0` the name by which the API is called.')
+                                          'Host address that published ports are bound to; links name it, '
+                                          'or for `0.0.0.0` the name by which the API is called. `{node}` '
+                                          'is the address of each node, where there are several.')
     workspace_host: str = setting('', str,
                                   'Host name under which published ports are reached, when it is not the '
                                   'bind address: '
@@ -265,11 +280,17 @@ class Config:
         if not values['state_dir']:
             home = environ.get('XDG_STATE_HOME') or os.path.join(os.path.expanduser('~'), '.local', 'state')
             values['state_dir'] = os.path.join(home, 'agentbackend')
-        if values['docker_host'].startswith('/'):
-            values['docker_host'] = 'unix://' + values['docker_host']
+        scheme, hosts = re.fullmatch(r'(swarm://)?(.*)', values['docker_host'], re.DOTALL).groups()
+        hosts = [f'unix://{host}' if host.startswith('/') else host for host in re.split(r'\s*,\s*', hosts)]
+        values['docker_host'] = (scheme or '') + ','.join(hosts)
         if values['prebuild'] == ('none',):
             values['prebuild'] = ()
         return values
+
+    @property
+    def has_nodes(self):
+        """Whether there are several engines, one on each node."""
+        return ',' in self.docker_host or self.docker_host.startswith(('swarm://', 'ssh://'))
 
     def secrets(self):
         """Return the values that no event, log line or file may show."""
@@ -297,6 +318,12 @@ class Config:
                            ('SSH_PORTS', 'CUSTOM_PORTS')):
             if ranges[one][0] <= ranges[other][1] and ranges[other][0] <= ranges[one][1]:
                 raise ConfigError(f'{one} and {other} overlap; give each a range of its own.')
+        if self.workspace_bind_address == NODE_ADDRESS and not self.has_nodes:
+            raise ConfigError(f'WORKSPACE_BIND_ADDRESS={NODE_ADDRESS!r} is for several nodes, and '
+                              f'DOCKER_HOST={self.docker_host!r} names one engine.')
+        if self.warm_pool and self.has_nodes:
+            raise ConfigError('WARM_POOL is for one engine, and DOCKER_HOST names several: leave one of them '
+                              'out.')
         for name in ('extra_ca_certs', 'ssh_authorized_keys'):
             if getattr(self, name) and not (os.path.isfile(getattr(self, name))
                                             and os.access(getattr(self, name), os.R_OK)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import docker
 import gevent
+import requests.adapters
 import requests.exceptions
 import urllib3.exceptions
 
@@ -31,6 +32,7 @@ log = logging.getLogger('agentbackend')
 
 CALL_TIMEOUT = 60  # seconds until the headers of an answer
 PING_TIMEOUT = 5  # seconds
+SILENCE = 20  # seconds without a sign of life of the other machine until a connection to it is given up
 PIECE = 65536  # bytes
 # The engine's words for a port that is taken, of old and new versions, by a container or by another program.
 PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
@@ -50,16 +52,12 @@ class DockerClient:
     version."""
 
     def __init__(self, *, host='', tls_verify='', cert_path='', node=''):
-        settings = {'DOCKER_HOST': host, 'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}
+        settings = {'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}
         self._settings = {key: value for key, value in settings.items() if value}
         self.address = host or 'unix:///var/run/docker.sock'
+        self.is_local = self.address.startswith('unix:')  # the engine is on this machine
         self.node = node  # that of several on which the engine is
         self._api = None
-
-    @property
-    def is_local(self):
-        """Whether the engine is on this machine."""
-        return self.address.startswith('unix:')
 
     @property
     def api(self):
@@ -67,8 +65,25 @@ class DockerClient:
         if self._api is None:
             # The pool is a keep limit, not a cap; below it urllib3 warns about every stream that ends.
             self._api = Client(version='auto', timeout=CALL_TIMEOUT, max_pool_size=100,
-                               **docker.utils.kwargs_from_env(environment=self._settings))
+                               **docker.utils.kwargs_from_env(
+                                   environment={'DOCKER_HOST': self.address, **self._settings}))
+            self._notice_silence()
         return self._api
+
+    def _notice_silence(self):
+        """Let a stream end whose engine lost its power or its cable: nobody would say so else."""
+        adapter = self._api.get_adapter(self._api.base_url)
+        if isinstance(adapter, requests.adapters.HTTPAdapter) and not self.address.startswith('unix:'):
+            adapter.poolmanager.connection_pool_kw['socket_options'] = [
+                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5), (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+                (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)]
+
+    def move(self, address):
+        """Reach the engine at another address from now on, through a tunnel that has come anew."""
+        self.address, self.is_local = address, False
+        self.close()
 
     def close(self):
         """Close the connections that are kept."""

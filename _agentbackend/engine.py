@@ -15,6 +15,7 @@ import docker
 import gevent
 import gevent.lock
 
+from _agentbackend.alone import Alone
 from _agentbackend.dockerclient import container_of, make_tar, measure
 from _agentbackend.dockerlog import LogDamaged, LogLines, parse_stamp
 from _agentbackend.errors import DockerError, EngineUnavailable, UnreadableLog
@@ -53,7 +54,7 @@ def labelled_ports(labels):
     return {port for port in ports if isinstance(port, int)}
 
 
-class Engine:
+class Engine(Alone):
     """One Docker engine. Every method may raise DockerError, and EngineUnavailable when nothing answers.
 
     A `node` names the machine of one that is several; this one takes no note of it.
@@ -67,18 +68,25 @@ class Engine:
         self._errors = client.errors
         self._recorded = recorded
         self.instance = instance
+        self._cpus = None
         self._starts = gevent.lock.BoundedSemaphore(8)  # more at once only queue up inside the engine
 
     @property
     def _api(self):
         return self._client.api
 
-    def info(self, node=''):
+    def info(self):
         """Return {cpus, memory, time} of the engine; `time` is its own clock in seconds since the epoch."""
         with self._errors(), gevent.Timeout(INFO_TIMEOUT, self._client.silence(INFO_TIMEOUT)):
             info = self._api.info()
         return {'cpus': info.get('NCPU') or 1, 'memory': info.get('MemTotal') or 0,
                 'time': parse_time(info.get('SystemTime'))}
+
+    def cpus(self, node=''):
+        """Return how many cores there are."""
+        if self._cpus is None:
+            self._cpus = self.info()['cpus']
+        return self._cpus
 
     def ping(self, node=''):
         """Raise EngineUnavailable unless the engine answers."""
@@ -94,17 +102,15 @@ class Engine:
             return True
         return False
 
-    def away(self, node):
-        """Return since when and why a node does not answer, in words, or ''; never waits."""
-        return ''
-
-    def address(self, node):
-        """Return where the published ports of a node are reached, '' for where the settings say."""
-        return ''
-
     def is_free(self, address, port):
         """Return whether nothing listens on a port that is to be published, as far as that is known here."""
         return not self._client.is_local or is_bindable(address, port)
+
+    def image_names(self):
+        """Return the names of the images of templates that are there."""
+        with self._errors():
+            found = self._api.images(filters={'label': f'{PREFIX}.template'})
+        return sorted(tag for item in found for tag in item['RepoTags'] or () if tag.startswith(PREFIX))
 
     # What there is
 

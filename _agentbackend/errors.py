@@ -128,6 +128,9 @@ class StateNotWritten(BackendError): status, code = 503, 'STATE_NOT_WRITTEN'
 class PortExhausted(BackendError): status, code = 503, 'PORT_EXHAUSTED'
 
 
+class NoRoom(BackendError): status, code = 503, 'NO_ROOM'
+
+
 class DockerError(BackendError): status, code = 502, 'DOCKER_ERROR'
 
 

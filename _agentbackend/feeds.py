@@ -158,7 +158,7 @@ class WorkspaceFeed(Feed):
         # Each of these ids is one behind which all that follows here comes again, and nothing before.
         told = self._cursor.copy()
         told.own = built[0][1] - 1 if built else told.own
-        yield Batch(status_event(workspace, str(told)))
+        yield Batch(status_event(self._backend, workspace, str(told)))
         if built:
             ids = [str(Cursor(event[1], told.begun, told.log, told.marks)) for event in built]
             yield Batch(*(self._own_event(*event, event_id=event_id)
@@ -289,7 +289,8 @@ class EverythingFeed(Feed):
         self._index = self._topic.end
         for workspace in self._backend.state.all():
             with contextlib.suppress(WorkspaceNotFound):  # deleted meanwhile
-                yield Batch(status_event(self._backend.state.get(workspace.id), str(self._topic.cursor)))
+                workspace = self._backend.state.get(workspace.id)
+                yield Batch(status_event(self._backend, workspace, str(self._topic.cursor)))
         self.behind = False
 
 
@@ -338,10 +339,10 @@ def transcript(backend, session, after, limit):
             'next': shown[-1][0] if len(found) > limit else None}
 
 
-def status_event(workspace, event_id):
+def status_event(backend, workspace, event_id):
     """Return the event that tells a new reader the status of a workspace."""
-    data = {'status': workspace.status, 'name': workspace.name} | ({'error': workspace.error}
-                                                                   if workspace.error else {})
+    error = workspace.error or backend.engine.away(workspace.node)
+    data = {'status': workspace.status, 'name': workspace.name} | ({'error': error} if error else {})
     return Event('status', workspace.id, event_id, time.time(), data)
 
 

@@ -27,6 +27,7 @@ from _agentbackend.errors import (
 from _agentbackend.recipe import SETTINGS_FOLDER, read_shell_lines
 from _agentbackend.records import (
     AGENT,
+    DELETING,
     ERROR,
     PERSISTENT,
     RUNNING,
@@ -126,8 +127,23 @@ class Keeper:
         self._checks.start(gevent.Greenlet(self._prebuild))
         # From the time before the list on, so that nothing in between is missed; what comes twice does no
         # harm.
-        for workspace_id in self._engine.changes(info['time']):
-            self._look_at(workspace_id)
+        for changed in self._engine.changes(info['time']):
+            if isinstance(changed, str):
+                self._look_at(changed)
+            else:
+                self._look_at_node(changed.node)
+
+    def _look_at_node(self, node):
+        """See to what is on a node that answers, or does not any more."""
+        on_it = [workspace.id for workspace in self._state.all() if workspace.node == node]
+        for workspace_id in on_it:
+            self._probes.unmeter(workspace_id)  # its stream may not know yet that nobody speaks any more
+        self.reconcile()
+        for workspace_id in on_it:
+            with contextlib.suppress(WorkspaceNotFound):
+                self._workspaces.announce(self._state.get(workspace_id))
+            if not self._engine.away(node):
+                self._look_at(workspace_id)
 
     def _prebuild(self):
         builds = [self._checks.spawn(self._build, name) for name in self._config.prebuild]
@@ -161,16 +177,28 @@ class Keeper:
             with contextlib.suppress(WorkspaceNotFound, Superseded):  # of this one; the others go on
                 try:
                     if not self._workspaces.has_job(workspace_id):
-                        self._resume(self._state.get(workspace_id), containers.get(workspace_id),
-                                     workspace_id in volumes)
+                        self._reconcile(self._state.get(workspace_id), containers.get(workspace_id),
+                                        volumes.get(workspace_id))
                 except EngineUnavailable as error:
                     if not error.node:
                         raise
                     log.debug('Workspace %s is looked at when its node answers: %s', workspace_id, error)
 
+    def _reconcile(self, workspace, container, labels):
+        """Compare a record with its container and the labels of its volume. It is on the node where these are
+        found, whatever that was called before."""
+        if container or labels:
+            node = container.node if container else labels.get(f'{PREFIX}.node', '')
+            if node != workspace.node:
+                workspace = self._state.update(workspace.id, flush=False, node=node)
+        self._resume(workspace, container, labels is not None)
+
     def _resume(self, workspace, container, has_volume):
-        """Go on with a workspace on which no job is at work. One whose node does not answer is left alone."""
-        if self._engine.away(workspace.node) or self._workspaces.go_on(workspace):
+        """Go on with a workspace on which no job is at work. One whose node does not answer is left alone,
+        but for a removal: from a node that is no more there is nothing to remove."""
+        if workspace.status != DELETING and self._engine.away(workspace.node):
+            return
+        if self._workspaces.go_on(workspace):
             return
         if workspace.status == ERROR and not workspace.ever_ran:
             if container or has_volume:
@@ -206,8 +234,6 @@ class Keeper:
         """Bring a settled record in line with the engine."""
         if container is not None and container.going:
             container = None
-        if container is not None and container.node != workspace.node:
-            self._state.update(workspace.id, flush=False, node=container.node)
         with contextlib.suppress(StateNotWritten):  # the change stands, and is written later
             if container is not None and container.up:
                 self._compare_with_running(workspace, container)

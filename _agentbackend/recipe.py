@@ -26,7 +26,6 @@ class Recipe:
         self._config = config
         self._engine = engine
         self._network = gevent.lock.BoundedSemaphore(1)  # it is not removed while somebody relies on it
-        self._cpus = {}  # node -> how many its engine has
 
     def name(self, workspace_name):
         """Return the name of a container: the engine itself refuses a second one, also from another
@@ -130,18 +129,13 @@ class Recipe:
     def cpus_of(self, workspace):
         """Return how many cores a workspace may use: what it asks for, or the default as far as there are so
         many."""
-        return workspace.cpus or min(self._config.workspace_cpus, self._engine_cpus(workspace.node))
+        return workspace.cpus or min(self._config.workspace_cpus, self._engine.cpus(workspace.node))
 
     def check_limits(self, body, node=''):
         """Raise ValidationError for limits that the engine does not have."""
-        if (body.get('cpus') or 0) > self._engine_cpus(node):
+        if (body.get('cpus') or 0) > self._engine.cpus(node):
             raise refusal('cpus', f"is {body['cpus']:g}, which is more than this machine has "
-                                  f'({self._engine_cpus(node)})')
-
-    def _engine_cpus(self, node):
-        if node not in self._cpus:
-            self._cpus[node] = self._engine.info(node)['cpus']
-        return self._cpus[node]
+                                  f'({self._engine.cpus(node)})')
 
 
 def shell_lines(env):

@@ -72,20 +72,29 @@ class State(Mirror):
             found = self._workspaces.get(workspace_id)
             return found.container_id if found is not None else ''
 
+    def node_of(self, workspace_id):
+        """Return the name of the node that a workspace is on, or '' if there is none."""
+        with self._lock:
+            found = self._workspaces.get(workspace_id)
+            return found.node if found is not None else ''
+
     def all(self):
         """Return copies of all workspaces, oldest first."""
         with self._lock:
             found = [item.copy() for item in self._workspaces.values()]
         return sorted(found, key=lambda item: (item.created_at, item.id))
 
-    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True, flush=True):
+    def reserve(self, draft, *, taken_names=(), taken_ports=(), is_free=lambda port: True, flush=True,
+                place=lambda draft, workspaces: ''):
         """Add a workspace under a new id with ports of its own, or those that it has already, and return its
         copy.
 
-        Raises WorkspaceAlreadyExists and PortExhausted; then nothing is kept.
+        `place(draft, workspaces)` gives its node. Raises WorkspaceAlreadyExists, PortExhausted and what
+        `place` raises; then nothing is kept.
         """
         with self._lock:
             self._refuse_taken(draft.name, taken_names)
+            draft.node = place(draft, self._workspaces.values())
             draft.id = draft.id or self._new_id()
             draft.ports = draft.ports or self._claim(draft, {}, set(taken_ports), is_free)
             self._workspaces[draft.id] = draft.copy()

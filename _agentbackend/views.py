@@ -11,7 +11,7 @@ from _agentbackend.config import EVERYWHERE
 from _agentbackend.dockerlog import STREAM_NAMES
 from _agentbackend.engine import USER
 from _agentbackend.images import BASE
-from _agentbackend.records import AGENT, RUNNING, STATUSES, title_of
+from _agentbackend.records import AGENT, ERROR, RUNNING, STATUSES, STOPPED, title_of
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
@@ -39,8 +39,8 @@ def view_workspace_details(workspace, usage, config, called, engine):
     """Return a workspace with everything that is known of it; `usage` is its last measurement or None,
     `called` the name by which who asks knows this machine. The engine knows of its node."""
     address, away = config.workspace_bind_address, engine.away(workspace.node)
-    host = engine.address(workspace.node) or config.workspace_host or (
-        called or 'localhost' if address in EVERYWHERE else address)
+    there = engine.address(workspace.node) if address in EVERYWHERE else ''
+    host = there or config.workspace_host or (called or 'localhost' if address in EVERYWHERE else address)
     shared = 0
     with contextlib.suppress(OSError):
         shared = len(config.shared_keys())
@@ -62,6 +62,15 @@ def view_workspace_details(workspace, usage, config, called, engine):
         'pending': ['ports'] if workspace.ports and workspace.wants_other_ports else [], 'ttl': workspace.ttl,
         'lastActivityAt': view_time(workspace.last_activity_at),
         'resources': view_usage(workspace, usage)}
+
+
+def view_node(node, workspaces):
+    """Return a node with what its workspaces are promised."""
+    promised = sum(item.memory for item in workspaces if item.status not in (STOPPED, ERROR))
+    return {'name': node['name'], 'state': node['state'], 'availability': node['availability'],
+            'address': node['address'] or None, 'workspaces': len(workspaces),
+            'memory': {'total': node['memory'], 'promised': promised}, 'images': node['images'],
+            'error': node['error'] or None}
 
 
 def view_usage(workspace, usage):
@@ -122,12 +131,13 @@ def view_health(backend, *, trusted):
     unwritten = [f'The state file {state.path} cannot be written ({state.failure}): make room, or see to the '
                  'disk.'] if state.failure else []
     kinds, pooled = backend.workspaces.pool.view(), backend.workspaces.pool.used_ports()
-    return shown | {
+    nodes, wrong = backend.engine.health()
+    return shown | ({'nodes': nodes} if nodes else {}) | {
         'templates': {name: view_image(templates.state(name)) for name in [BASE, *templates.names()]},
         'agents': {name: {'ready': not why, **({'reason': why} if why else {})}
                    for name, why in backend.tasks.agents().items()},
         'workspaces': {'total': statuses.total(), **{status: statuses[status] for status in STATUSES}},
-        'problems': [*keeper.problems.values(), *unwritten],
+        'problems': [*keeper.problems.values(), *wrong, *unwritten],
         'ports': {kind: {'used': used + pooled[kind], 'total': total}
                   | ({'pool': pooled[kind]} if kinds else {})
                   for kind, (used, total) in state.ports_in_use().items()},

@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import secrets
 import time
@@ -87,9 +88,9 @@ class Workspaces:
         self._claim.check()
         names, ports = self._engine.taken()
         self.recipe.check_limits(body)
-        workspace = self._reserve(record, tag, self.recipe.names_of(names), ports)
+        workspace = self._reserve(record, tag, self.recipe.names_of(names), ports, body)
         self._once[workspace.id] = once
-        self._announce(workspace)
+        self.announce(workspace)
         self._begin(workspace.id, self._bring_up)
         try:
             self._state.flush()
@@ -99,9 +100,11 @@ class Workspaces:
             raise
         return workspace
 
-    def _reserve(self, record, tag, names, ports):
+    def _reserve(self, record, tag, names, ports, body):
         """Add the record, with what a member of the pool has if one fits, and return it."""
         member = self.pool.take(record, tag)
+        place = functools.partial(self._engine.place, node=body.get('node', ''),
+                                  constraints=body.get('constraints', {}))
         if member is not None:
             record.id, record.ports, record.container_id = member.id, member.ports, member.container_id
             record.warm = True
@@ -109,7 +112,7 @@ class Workspaces:
             try:
                 workspace = self._state.reserve(record, flush=False, taken_names=names,
                                                 taken_ports=ports | self.pool.ports(),
-                                                is_free=self.recipe.is_free)
+                                                is_free=self.recipe.is_free, place=place)
             except PortExhausted:
                 if not self.pool.give_up_one():  # whose ports are better used by this one
                     raise
@@ -247,7 +250,7 @@ class Workspaces:
         # What goes on in a workspace is not known while its node does not answer.
         for workspace_id in self._state.expire(now, may_end=lambda item: not self._engine.away(item.node)):
             log.info('Workspace %s has expired.', workspace_id)
-            self._announce(self._state.get(workspace_id))
+            self.announce(self._state.get(workspace_id))
             self._begin(workspace_id, self._tear_down)
 
     def close(self):
@@ -295,7 +298,8 @@ class Workspaces:
             log.debug('A job on %s was overtaken.', workspace_id)
         except BackendError as error:
             if isinstance(error, EngineUnavailable) or (
-                    isinstance(error, DockerError) and self._is_leaving(workspace_id)):
+                    isinstance(error, DockerError)
+                    and self._engine.is_leaving(self._state.node_of(workspace_id))):
                 # The status stays as it is; once the engine is back, the keeper goes on from there.
                 log.warning('Workspace %s waits for the engine: %s', workspace_id, error)
             else:
@@ -309,11 +313,6 @@ class Workspaces:
             if self._jobs.get(workspace_id) is gevent.getcurrent():
                 del self._jobs[workspace_id]
                 self._cancelled.pop(workspace_id, None)
-
-    def _is_leaving(self, workspace_id):
-        with contextlib.suppress(WorkspaceNotFound):
-            return self._engine.is_leaving(self._state.get(workspace_id).node)
-        return False
 
     def _bring_up(self, workspace_id, cancelled):
         """Make what is missing, start it, and wait until it answers. Goes on from wherever an earlier try
@@ -373,6 +372,7 @@ class Workspaces:
             self._engine.remove_container(container.id)
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)
+        self._engine.bring(image, workspace.node, lambda line: self._build_output(workspace_id, line))
         return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled)
 
     def _hand_over(self, workspace, container, cancelled):
@@ -563,16 +563,17 @@ class Workspaces:
             if when is None:
                 raise WorkspaceNotFound(workspace_id) from None
             raise
-        self._announce(workspace)  # at once: whoever sees a status has its event behind him
+        self.announce(workspace)  # at once: whoever sees a status has its event behind him
         if flush:
             # A disk that refuses is no reason to end a job; who waits for an answer is told.
             self._state.try_flush()
         return workspace
 
-    def _announce(self, workspace):
+    def announce(self, workspace):
+        """Tell the status of a workspace, and since when its node does not answer."""
         log.info('Workspace %s (%s) is %s.', workspace.id, workspace.name, workspace.status)
-        told = {'error': workspace.error, 'warnings': workspace.warnings if workspace.status == RUNNING
-                else None}
+        told = {'error': workspace.error or self._engine.away(workspace.node),
+                'warnings': workspace.warnings if workspace.status == RUNNING else None}
         self._events.publish('status', workspace.id, {'status': workspace.status, 'name': workspace.name}
                              | {name: value for name, value in told.items() if value})
 

@@ -8,8 +8,8 @@ import { onChange, state, takeDetails } from './store.js';
 // What the facts depend on. They are built anew only when one has changed, so that a selection, a shown
 // password and the focus stay.
 const SHOWN = ['id', 'status', 'type', 'template', 'createdAt', 'expiresAt', 'labels', 'gitUrl', 'gitBranch',
-  'codeServerPort', 'sshPort', 'ports', 'containerId', 'codeServerUrl', 'codeServerPassword', 'sshCommand',
-  'sshKeys'];
+  'node', 'codeServerPort', 'sshPort', 'ports', 'containerId', 'codeServerUrl', 'codeServerPassword',
+  'sshCommand', 'sshKeys'];
 const NO_KEY = { path: 'key', message: 'A public key is one line that begins with ssh-ed25519, ssh-rsa …' };
 
 export const isWeb = (url) => /^https?:\/\//i.test(url ?? '');
@@ -76,6 +76,7 @@ function facts(item) {
     fact('Type', item.type), fact('Template', item.template), fact('Created', time(item.createdAt)),
     fact('Expires', item.expiresAt ? time(item.expiresAt) : 'never'),
     ports.length > 0 && fact('Ports', ...ports),
+    item.node && fact('Node', item.node),
     item.containerId && fact('Container', el('code', {}, item.containerId)),
     running && published.length > 0 && fact('Published', ...published),
     item.codeServerPassword && item.codeServerPort

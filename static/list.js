@@ -37,6 +37,7 @@ function fillRow(row, item) {
   const running = item.status === 'running';
   const about = running ? [item.type, item.template, ago(item.createdAt)]
     : [item.status, item.type, item.template];
+  if (item.node) about.push(item.node);
   if (item.expiresAt) about.push(`ends ${ago(item.expiresAt)}`);
   row.dot.dataset.status = item.status;
   row.name.textContent = item.name;
@@ -49,7 +50,8 @@ function fillRow(row, item) {
 }
 
 const age = (item) => -Date.parse(item.createdAt);
-const words = (item) => [item.name, item.status, item.type, item.template, item.id].join(' ').toLowerCase();
+const words = (item) => (
+  [item.name, item.status, item.type, item.template, item.node, item.id].join(' ').toLowerCase());
 
 export function showList() {
   const wanted = byId('filter').value.trim().toLowerCase();

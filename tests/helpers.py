@@ -17,6 +17,7 @@ from pathlib import Path
 import docker
 from conftest import ROOT
 
+NEW_KEY = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes']
 CLONE_FAILS = {'CLONE_FAILS': 'repository https://git.invalid/x.git not found'}
 
 
@@ -166,6 +167,28 @@ class OwnEngine:
         # A dockerd mounts its folder onto itself, and one that was killed leaves that behind.
         subprocess.run(['umount', '--recursive', self._data], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(self._data)
+
+
+def openssl(folder, *arguments):
+    subprocess.run(['openssl', *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def make_certificates(folder, addresses='IP:127.0.0.1'):
+    """Make an authority with the certificates of an engine at these addresses and of a client, these as
+    DOCKER_CERT_PATH has them."""
+    folder.mkdir()
+    openssl(folder, 'req', '-x509', *NEW_KEY, '-subj', '/CN=authority', '-keyout', 'ca-key.pem',
+            '-out', 'ca.pem')
+    for name, use in (('server', f'subjectAltName={addresses}\nextendedKeyUsage=serverAuth\n'),
+                      ('client', 'extendedKeyUsage=clientAuth\n')):
+        (folder / 'extensions').write_text(use)
+        openssl(folder, 'req', *NEW_KEY, '-subj', f'/CN={name}', '-keyout', f'{name}-key.pem',
+                '-out', 'asked')
+        openssl(folder, 'x509', '-req', '-in', 'asked', '-CA', 'ca.pem', '-CAkey', 'ca-key.pem',
+                '-CAcreateserial', '-extfile', 'extensions', '-out', f'{name}.pem')
+    for name, wanted in (('client.pem', 'cert.pem'), ('client-key.pem', 'key.pem')):
+        (folder / name).rename(folder / wanted)
+    return folder
 
 
 # Processes

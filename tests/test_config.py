@@ -14,6 +14,7 @@ from _agentbackend.errors import ConfigError
 GOOD = {  # a text that is not the default -> what Config makes of it
     'PORT': ('8080', 8080), 'HOST': ('::1', '::1'),
     'DOCKER_HOST': ('tcp://10.0.0.1:2376', 'tcp://10.0.0.1:2376'),
+    'NODE_ENGINES': ('tcp://{address}:2376', 'tcp://{address}:2376'),
     'DOCKER_TLS_VERIFY': ('1', '1'), 'DOCKER_CERT_PATH': ('/certs', '/certs'),
     'WORKSPACE_BASE_PATH': ('/srv/work/', '/srv/work'), 'LOG_LEVEL': ('Debug', 'DEBUG'),
     'INSTANCE': ('lab-2', 'lab-2'),
@@ -57,7 +58,8 @@ BAD = [
     ('WORKSPACE_BASE_PATH', 'workspace'), ('WORKSPACE_BASE_PATH', '/'), ('WORKSPACE_BASE_PATH', '/a/../b'),
     ('WORKSPACE_BASE_PATH', '/a b'),
     ('WORKSPACE_BASE_PATH', '/a\n'), ('WORKSPACE_BIND_ADDRESS', 'localhost'),
-    ('WORKSPACE_BIND_ADDRESS', '300.0.0.1'),
+    ('WORKSPACE_BIND_ADDRESS', '300.0.0.1'), ('WORKSPACE_BIND_ADDRESS', '{node}'),
+    ('NODE_ENGINES', 'tcp://10.0.0.1:2376'), ('NODE_ENGINES', '{address}'),
     ('INSTANCE', 'Lab'), ('INSTANCE', 'a/b'), ('INSTANCE', '-a'), ('INSTANCE', 'a' * 33), ('INSTANCE', 'a\n'),
     ('DEFAULT_TEMPLATE', '../etc'), ('DEFAULT_TEMPLATE', 'a\n'), ('LOG_LEVEL', 'loud'),
     ('HOST', '0.0.0.0'), ('HOST', '::'), ('HOST', '192.168.1.5'), ('HOST', 'dev.lan'),
@@ -196,3 +198,10 @@ def test_the_readme_lists_every_setting():
     settings = (ROOT / 'README.md').read_text().partition('\n## Settings\n')[2].partition('\n## ')[0]
     rows = [cells(row) for row in settings.splitlines() if re.match(r'\|\s*`[A-Z_]+`\s*\|', row)]
     assert rows == expected, f'README.md must have this table:\n\n{readme_table()}\n'
+
+
+def test_what_is_for_one_engine_is_refused_with_several():
+    several = {'DOCKER_HOST': '/run/docker.sock, tcp://b:2376'}
+    assert Config.from_env(several).docker_host == 'unix:///run/docker.sock,tcp://b:2376'
+    with pytest.raises(ConfigError, match='WARM_POOL is for one engine'):
+        Config.from_env(several | {'WARM_POOL': 'blank:1'})

@@ -84,12 +84,14 @@ FULL = {
     'env': {'A': 'b', '_x1': ''},
     'ports': [3000, 65535, 1], 'cpus': 1.5, 'memory': 536870912, 'ttl': 3600, 'ssh': False,
     'sshPublicKeys': [KEY], 'labels': {'team.example/x': 'y', 'plain': ''},
+    'node': 'n1', 'constraints': {'disk': 'ssd'},
 }
 
 NAME = ("a name has only letters, digits, '_', '.' and '-', begins with a letter or digit, has at most 63 "
         'characters, and does not look like an id (ws-...)')
 KNOWN = ('name, template, type, gitUrl, gitBranch, gitDepth, gitFilter, gitToken, gitSshKey, gitCredentials, '
-         'gitUserName, gitUserEmail, setup, env, ports, cpus, memory, ttl, ssh, sshPublicKeys, labels')
+         'gitUserName, gitUserEmail, setup, env, ports, cpus, memory, ttl, ssh, sshPublicKeys, labels, '
+         'node, constraints')
 TEXTS = [
     ('workspace-create', None, 'the body is null, but has to be an object'),
     ('workspace-create', [], 'the body is a list, but has to be an object'),

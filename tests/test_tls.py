@@ -1,36 +1,11 @@
 """An engine that is reached over TLS, and proves itself as the server does."""
-import subprocess
-
 import pytest
 from conftest import remove_objects
-from helpers import OwnEngine
+from helpers import OwnEngine, make_certificates
 from streaming import Ws
 
 PORT = 2376
 SYSTEM = '/etc/ssl/certs/ca-certificates.crt'  # what proxies have in these variables: it knows not our engine
-NEW_KEY = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes']
-
-
-def openssl(folder, *arguments):
-    subprocess.run(['openssl', *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def make_certificates(folder):
-    """Make an authority with the certificates of an engine and of a client, these as DOCKER_CERT_PATH has
-    them."""
-    folder.mkdir()
-    openssl(folder, 'req', '-x509', *NEW_KEY, '-subj', '/CN=authority', '-keyout', 'ca-key.pem',
-            '-out', 'ca.pem')
-    for name, use in (('server', 'subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n'),
-                      ('client', 'extendedKeyUsage=clientAuth\n')):
-        (folder / 'extensions').write_text(use)
-        openssl(folder, 'req', *NEW_KEY, '-subj', f'/CN={name}', '-keyout', f'{name}-key.pem',
-                '-out', 'asked')
-        openssl(folder, 'x509', '-req', '-in', 'asked', '-CA', 'ca.pem', '-CAkey', 'ca-key.pem',
-                '-CAcreateserial', '-extfile', 'extensions', '-out', f'{name}.pem')
-    for name, wanted in (('client.pem', 'cert.pem'), ('client-key.pem', 'key.pem')):
-        (folder / name).rename(folder / wanted)
-    return folder
 
 
 @pytest.fixture

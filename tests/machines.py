@@ -1,0 +1,167 @@
+"""Machines with a Docker engine each, all on this one: processes with PID, mount, network and host name
+spaces of their own, joined by a bridge that nobody else sees. Nothing of them is left, neither mount nor
+interface."""
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import docker
+from conftest import Network
+from helpers import make_certificates
+
+LAN = '10.77.0'
+PORT = 2376  # of each engine, with TLS
+WAIT = 30  # seconds
+# docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found:
+# /run/containerd has its socket, /etc/docker its identity.
+BOOT = """\
+hostname {name} && ip link set lo up
+for folder in /run/containerd /run/docker; do mkdir -p $folder; mount -t tmpfs tmpfs $folder; done
+mkdir -p /etc/docker && mount --bind {folder}/etc /etc/docker
+exec docker-init -s -- sleep infinity
+"""
+
+
+def until(condition, what):
+    """Return what a condition gives as soon as it is true."""
+    deadline = time.monotonic() + WAIT
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.03)
+    return value
+
+
+def child_of(process, name):
+    """Return the number of the program that unshare or nsenter has started in its name spaces."""
+    def find():
+        with contextlib.suppress(OSError, IndexError):
+            number = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()[0]
+            return number if Path(f'/proc/{number}/comm').read_text().strip() == name else None
+    return int(until(find, f'{name} does not start'))
+
+
+class Machine:
+    """One of them."""
+
+    def __init__(self, machines, number):
+        self.name, self.address = f'n{number}', f'{LAN}.{10 + number}'
+        self.folder, self._machines = machines.folder / self.name, machines
+        self.socket, self.url = f'unix://{self.folder}/docker.sock', f'tcp://{self.address}:{PORT}'
+        self._host = self._engine = self._root = None
+        self.client = docker.DockerClient(self.socket, version='1.41', timeout=60)
+        for name in ('data', 'exec', 'etc'):
+            (self.folder / name).mkdir(parents=True)
+
+    def start(self):
+        """Switch it on, with the disk that it has."""
+        if self._host is None:
+            for path in (self.folder / 'exec').iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+            self._host = subprocess.Popen(
+                ['unshare', '--net', '--mount', '--propagation', 'slave', '--uts', '--pid', '--fork',
+                 '--kill-child', '--mount-proc', 'sh', '-c', BOOT.format(name=self.name, folder=self.folder)],
+                stdin=subprocess.DEVNULL, start_new_session=True)
+            self._root = child_of(self._host, 'docker-init')
+            lan = self._machines.lan.prefix
+            # The kernel may not be done with the last one of that name.
+            subprocess.run([*lan, 'ip', 'link', 'del', self.name], stderr=subprocess.DEVNULL, check=False)
+            subprocess.run([*lan, 'sh', '-c', f'ip link add {self.name} type veth peer name eth0 '
+                            f'netns {self._root} && ip link set {self.name} master br0 up'], check=True)
+            subprocess.run([*self.inside(), 'sh', '-c', f'ip addr add {self.address}/24 dev eth0 && '
+                            f'ip link set eth0 up && ip route add default via {LAN}.1'], check=True)
+        if self._engine is None:
+            self._start_engine()
+        return self
+
+    def inside(self):
+        """Return the words before a command that is to run in it."""
+        return ['nsenter', f'--target={self._root}', '--net', '--mount', '--uts', '--pid', '--']
+
+    def _start_engine(self):
+        for name in ('dockerd.pid', 'exec/containerd/containerd.pid', 'docker.sock'):
+            (self.folder / name).unlink(missing_ok=True)
+        keys = self._machines.keys
+        with open(self.folder / 'log', 'a') as log:
+            self._engine = subprocess.Popen(
+                [*self.inside(), 'env', f'TMPDIR={self.folder}', 'dockerd', '--data-root',
+                 self.folder / 'data', '--exec-root', self.folder / 'exec', '--pidfile',
+                 self.folder / 'dockerd.pid', '-H', self.socket, '-H', f'tcp://0.0.0.0:{PORT}', '--tlsverify',
+                 '--tlscacert', keys / 'ca.pem', '--tlscert', keys / 'server.pem',
+                 '--tlskey', keys / 'server-key.pem',
+                 '--exec-opt', 'native.cgroupdriver=cgroupfs', '--cgroup-parent', f'/{self._machines.group}'],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+        def answers():
+            with contextlib.suppress(docker.errors.DockerException, OSError):
+                return self.client.ping()
+            assert self._engine.poll() is None, (self.folder / 'log').read_text()[-2000:]
+        until(answers, 'the engine does not answer')
+
+    def crash(self):
+        """Kill its engine alone; its containers go on."""
+        os.kill(child_of(self._engine, 'dockerd'), signal.SIGKILL)
+        self._engine.wait()
+        self._engine = None
+
+    def off(self):
+        """Cut its power: everything in it dies at once."""
+        if self._host is not None:
+            os.kill(self._root, signal.SIGKILL)
+            self._host.wait()
+            self._engine.wait()
+            self._host = self._engine = None
+
+    def link(self, state):
+        """Take its network cable out (down), or plug it in (up); one that is off has none."""
+        if self._host is not None:
+            subprocess.run([*self._machines.lan.prefix, 'ip', 'link', 'set', self.name, state], check=True)
+
+
+class Machines:
+    """All of them; a server reaches them from the network between them, `lan`."""
+
+    def __init__(self, folder, count):
+        self.folder, self.group = folder, f'machines-{os.getpid()}'
+        self.lan = Network()
+        subprocess.run([*self.lan.prefix, 'sh', '-c', 'ip link add br0 type bridge && ip addr add '
+                        f'{LAN}.1/24 dev br0 && ip link set br0 up'], check=True)
+        addresses = ','.join(f'IP:{LAN}.{10 + number}' for number in range(1, count + 1))
+        self.keys = make_certificates(folder / 'keys', addresses)
+        self.settings = {'DOCKER_TLS_VERIFY': '1', 'DOCKER_CERT_PATH': str(self.keys)}
+        self.all = [Machine(self, number) for number in range(1, count + 1)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(Machine.start, self.all))
+
+    def __getitem__(self, number):
+        return self.all[number - 1]
+
+    def swarm(self):
+        """Make them a swarm of managers, which notices within seconds when one is gone."""
+        first, *others = self.all
+        first.client.swarm.init(advertise_addr=first.address, dispatcher_heartbeat_period=1_000_000_000)
+        token = first.client.swarm.attrs['JoinTokens']['Manager']
+        for machine in others:
+            machine.client.swarm.join([f'{first.address}:2377'], token, advertise_addr=machine.address)
+
+    def close(self):
+        for machine in self.all:
+            machine.client.close()
+            machine.off()
+        self.lan.close()
+        for path in sorted(Path('/sys/fs/cgroup').rglob(f'{self.group}*'), reverse=True):
+            for inner in sorted(path.rglob('*'), reverse=True):
+                with contextlib.suppress(OSError):
+                    inner.rmdir()
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        for _ in range(50):  # its mounts go a moment after its last process
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f'{self.folder} can not be removed')

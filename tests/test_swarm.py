@@ -1,0 +1,464 @@
+"""Workspaces on three machines, of which one may be cut off, crash, or lose its power."""
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gevent
+import pytest
+from agents import begin, ended, transcript
+from browsing import open_dashboard
+from conftest import Served, objects_of, remove_objects
+from helpers import delete, verb, wait_gone
+from machines import Machines
+from playwright.sync_api import expect
+from streaming import Sse, connect, read_head
+
+LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
+          'off': lambda machine: machine.off()}
+# A program that is none of ours, on a port.
+LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
+          "print('there', flush=True); time.sleep(60)")
+SSHD = """mkdir -p /run/sshd ~/.ssh
+umask 077 && echo "$KEY" >~/.ssh/authorized_keys && echo "$HOST_KEY" >/host
+exec /usr/sbin/sshd -D -e -f /dev/null -p 2200 -h /host"""
+
+
+@pytest.fixture(scope='module')
+def machines(tmp_path_factory):
+    made = Machines(tmp_path_factory.mktemp('machines'), 3)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def serve(machines, tmp_path, templates_dir):
+    """A function that starts a server over the machines; all that it made is removed in the end, and its log
+    shown on a failure."""
+    servers = []
+
+    def start(*, connected=True, network=machines.lan, **settings):
+        folder = tmp_path / f'server{len(servers)}'
+        folder.mkdir()
+        settings = {'DOCKER_HOST': ','.join(machine.url for machine in machines.all),
+                    'WORKSPACE_BIND_ADDRESS': '{node}', **machines.settings, **settings}
+        servers.append(Served(folder, templates_dir, network=network, **settings))
+        return servers[-1].start(connected=connected)
+    yield start
+    for server in servers:
+        server.stop()
+        print(f'--- log of {server.instance}\n' + server.log.read_text()[-12000:])
+    for machine in machines.all:
+        machine.link('up')
+        machine.start()
+        for server in servers:
+            remove_objects(machine.client, server.instance)
+
+
+def nodes(server):
+    return {node['name']: node for node in server.get('/api/nodes')}
+
+
+def create_at_once(server, *bodies):
+    """Ask for workspaces all at once, and return their objects or errors."""
+    calls = [connect(server, 30) for _ in bodies]
+    for call, body in zip(calls, bodies, strict=True):
+        data = json.dumps(body).encode()
+        call.sendall(b'POST /api/workspaces HTTP/1.1\r\nHost: localhost\r\n'
+                     b'Content-Type: application/json\r\n'
+                     b'Content-Length: %d\r\n\r\n' % len(data) + data)
+    answers = []
+    for call in calls:
+        with call, call.makefile('rb') as file:
+            _, headers = read_head(file)
+            answer = json.loads(file.read(int(headers['content-length'])))
+            answers.append(answer.get('data', answer))
+    return answers
+
+
+def all_ready(server):
+    return all(node['state'] == 'ready' for node in nodes(server).values())
+
+
+def refusal(server, **body):
+    """Return (status, code, error) of a workspace that is not made."""
+    answer = server.call('POST', '/api/workspaces', body)
+    return answer.status_code, answer.json().get('code'), answer.json().get('error')
+
+
+def test_six_at_once_are_two_on_each(serve, machines):
+    server = serve()
+    server.until(lambda: all_ready(server))
+    create_at_once(server, *({'name': f'w{number}', 'ports': [3000]} for number in range(6)))
+    made = [server.wait_status(f'w{number}', 'running') for number in range(6)]
+    assert collections.Counter(item['node'] for item in made) == dict.fromkeys(nodes(server), 2)
+    assert len({port for item in made for port in (item['codeServerPort'], item['sshPort'],
+                                                   *item['ports'].values())}) == 18
+    for item in made:
+        machine = next(one for one in machines.all if one.address == item['node'])
+        assert f"//{machine.address}:{item['codeServerPort']}/" in item['codeServerUrl']
+        assert item['sshCommand'].endswith(f'dev@{machine.address}')
+        container = machine.client.api.inspect_container(item['containerId'])
+        bound = container['HostConfig']['PortBindings']['8443/tcp'][0]
+        assert bound == {'HostIp': machine.address, 'HostPort': str(item['codeServerPort'])}
+        assert server.until(lambda item=item: server.get(f"/api/workspaces/{item['id']}")['resources'])
+        assert server.call('GET', f"/api/workspaces/{item['id']}/logs").text == 'tiny is up\n'
+    for node in nodes(server).values():
+        assert node['workspaces'] == 2 and node['memory']['promised'] == 2 * 4 * 2**30
+        assert [name.partition(':')[0] for name in node['images']] == ['agentbackend/tiny']
+    assert server.get('/health')['nodes'] == {'total': 3, 'ready': 3}
+    for item in made:
+        delete(server, item['id'])
+    assert [objects_of(machine.client, server.instance) for machine in machines.all] == [[]] * 3
+    assert not any(machine.client.api.networks(filters={'label': f'agentbackend.instance={server.instance}'})
+                   for machine in machines.all)
+
+
+def test_a_node_is_chosen_by_name_and_by_room(serve, machines):
+    server = serve()
+    server.until(lambda: all_ready(server))
+    first, second, third = (machine.address for machine in machines.all)
+    assert server.create('there', node=second)['node'] == second
+    assert server.create('beside')['node'] == first
+    total = nodes(server)[first]['memory']['total']
+    assert server.create('large', memory=total // 2)['node'] == third
+    status, code, error = refusal(server, name='huge', memory=total)
+    assert (status, code) == (503, 'NO_ROOM'), error
+    assert error.count('GB of memory that are not promised') == 3
+    assert refusal(server, name='lost', node='n9')[:2] == (400, 'VALIDATION_ERROR')
+    status, code, error = refusal(server, name='lost', constraints={'disk': 'ssd'})
+    assert (status, code) == (400, 'VALIDATION_ERROR') and '"disk"' in error
+    assert refusal(server, name='there', node=third)[:2] == (409, 'WORKSPACE_ALREADY_EXISTS')
+
+
+def read(stream, field, found):
+    """Take a field of the events, of those of type status the error, until the workspace is gone."""
+    for event in stream:
+        if event['data'].get('deleted'):
+            return
+        if field == 'message' or event['type'] == 'status':
+            found.append(event['data'].get(field, ''))
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_a_node_is_lost_and_comes_back(serve, machines, loss):
+    server = serve()
+    server.until(lambda: all_ready(server))
+    types = {'kept': 'persistent', 'idle': 'persistent', 'temp': 'temporary', 'agent': 'agent',
+             'doomed': 'persistent'}
+    lost, other = machines[2], machines[1]
+    for name, kind in types.items():
+        server.create(name, type=kind, node=lost.address)
+    server.create('near', node=other.address, env={'PRINT': 'n=0; while :; do echo line $n; n=$((n+1)); '
+                                                   'sleep 0.2; done & n='})
+    made = {name: server.wait_status(name, 'running') for name in (*types, 'near')}
+    verb(server, 'idle', 'stop')
+    server.wait_status('idle', 'stopped')
+    with Sse(server, '/api/workspaces/near/events', timeout=30) as near, \
+            Sse(server, '/api/workspaces/kept/events', timeout=30) as kept:
+        said, statuses = [], []
+        reading = [gevent.spawn(read, near, 'message', said), gevent.spawn(read, kept, 'error', statuses)]
+        server.until(lambda: statuses and any(text.startswith('line') for text in said))
+        time.sleep(0.5)  # both have what was there before
+        LOSSES[loss](lost)
+        begun = time.monotonic()
+        server.until(lambda: nodes(server)[lost.address]['state'] == 'down')
+        assert time.monotonic() - begun < 10
+        check_lost(server, made, lost)
+        server.until(lambda: [text.partition(' since ')[0] for text in statuses] == [
+            '', f'Node {lost.address} does not answer'])
+        machines[2].link('up')
+        machines[2].start()
+        server.until(lambda: all_ready(server))
+        server.until(lambda: statuses[-1] == '')
+        check_back(server, made, lost, loss)
+    gevent.joinall(reading)
+    lines = [text for text in said if text.startswith('line')]
+    first = int(lines[0].split()[1])
+    assert lines == [f'line {first + at}' for at in range(len(lines))] and len(lines) > 10
+
+
+def check_lost(server, made, lost):
+    """Everything is as it was, and told; what is elsewhere goes on, and new ones come there."""
+    for name in ('kept', 'idle', 'temp', 'agent'):
+        found = server.get(f'/api/workspaces/{name}')
+        assert found['status'] == ('stopped' if name == 'idle' else 'running')
+        assert f'Node {lost.address} does not answer since' in found['error']
+        begun = time.monotonic()
+        for action in ('stop', 'restart', 'start'):
+            error = verb(server, name, action, 503)
+            assert error['code'] == 'DOCKER_ERROR' and 'does not answer' in error['error']
+        answer = server.call('POST', f'/api/workspaces/{name}/exec', {'command': 'true'})
+        assert answer.status_code in (503, 409), answer.text
+        assert time.monotonic() - begun < 5
+    deletion = server.call('DELETE', '/api/workspaces/doomed').json()['data']
+    assert deletion['deleted'] is False and deletion['status'] == 'deleting'
+    assert refusal(server, name='doomed')[:2] == refusal(server, name='kept')[:2] == (
+        409, 'WORKSPACE_ALREADY_EXISTS')
+    status, code, error = refusal(server, name='elsewhere', node=lost.address)
+    assert (status, code) == (503, 'NO_ROOM') and 'does not answer' in error
+    assert server.running('new')['node'] != lost.address
+    verb(server, 'new', 'stop')
+    server.wait_status('new', 'stopped')
+    health = server.get('/health')
+    assert health['docker'] == 'connected' and health['nodes'] == {'total': 3, 'ready': 2}
+    assert any(lost.address in problem for problem in health['problems'])
+
+
+def check_back(server, made, lost, loss):
+    """What lived is taken up again, what ended is told so, what was deleted is gone."""
+    wait_gone(server, 'doomed')
+    assert server.wait_status('idle', 'stopped')['error'] is None
+    if loss == 'cut':
+        for name in ('kept', 'temp', 'agent'):
+            found = server.wait_status(name, 'running')
+            assert found['containerId'] == made[name]['containerId'] and found['error'] is None
+    else:
+        wait_gone(server, 'temp')
+        server.wait_status('agent', 'stopped')
+        container = made['kept']['containerId']
+        server.until(lambda: lost.client.api.inspect_container(container)['State']['Running']
+                     == (server.get('/api/workspaces/kept')['status'] == 'running'))
+    for name in ('kept', 'idle'):
+        if server.get(f'/api/workspaces/{name}')['status'] != 'running':
+            verb(server, name, 'start')
+        assert server.wait_status(name, 'running')['codeServerPort'] == made[name]['codeServerPort']
+    for item in server.get('/api/workspaces'):
+        assert item['name'] in made or item['name'] == 'new'
+        delete(server, item['id'])
+    assert objects_of(lost.client, server.instance) == []
+
+
+# The list of nodes of a swarm
+
+
+@pytest.fixture(scope='module')
+def swarm(machines):
+    machines.swarm()
+    return machines
+
+
+def through_swarm(serve, swarm, **settings):
+    managers = ','.join(machine.address for machine in swarm.all)
+    server = serve(DOCKER_HOST=f'swarm://{managers}', NODE_ENGINES='tcp://{address}:2376', **settings)
+    server.until(lambda: set(nodes(server)) == {'n1', 'n2', 'n3'} and all_ready(server))
+    return server
+
+
+def set_node(machine, name, **changes):
+    """Change a node of the swarm, as docker node update does."""
+    node = next(node for node in machine.client.nodes.list() if node.attrs['Description']['Hostname'] == name)
+    node.update(node.attrs['Spec'] | changes)
+
+
+def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm):
+    set_node(swarm[1], 'n3', Labels={'disk': 'ssd', 'agentbackend.host': swarm[3].address})
+    server = through_swarm(serve, swarm)
+    fast = server.running('fast', constraints={'disk': 'ssd'})
+    assert fast['node'] == 'n3' and f'//{swarm[3].address}:' in fast['codeServerUrl']
+    status, code, error = refusal(server, name='slow', constraints={'disk': 'hdd'})
+    assert (status, code) == (503, 'NO_ROOM') and 'n1 is not disk=hdd' in error
+    set_node(swarm[1], 'n3', Availability='drain')
+    server.until(lambda: nodes(server)['n3']['availability'] == 'drain')
+    status, code, error = refusal(server, name='more', constraints={'disk': 'ssd'})
+    assert (status, code) == (503, 'NO_ROOM') and 'n3 is set to drain' in error
+    verb(server, 'fast', 'restart')  # it keeps what it has
+    assert server.wait_status('fast', 'running')['containerId'] == fast['containerId']
+    set_node(swarm[1], 'n3', Availability='active')
+    set_node(swarm[1], 'n2', Labels={'agentbackend': 'no'})
+
+    def is_refused():
+        status, _, error = refusal(server, name='unwanted', node='n2')
+        if status == 201:
+            delete(server, 'unwanted')
+        return status == 503 and 'agentbackend=no' in error
+    server.until(is_refused)
+    set_node(swarm[1], 'n2', Labels={})
+
+
+def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
+    server = through_swarm(serve, swarm)
+    leader = next(machine for machine in swarm.all if any(
+        node.attrs['Description']['Hostname'] == machine.name and node.attrs['ManagerStatus'].get('Leader')
+        for node in swarm[1].client.nodes.list()))
+    others = [machine for machine in swarm.all if machine is not leader]
+    made = [server.running(f'on-{machine.name}', node=machine.name) for machine in swarm.all]
+    leader.off()
+    server.until(lambda: nodes(server)[leader.name]['state'] == 'down')
+    for workspace, machine in zip(made, swarm.all, strict=True):
+        verb(server, workspace['id'], 'restart', 503 if machine is leader else 202)
+    assert server.running('meanwhile')['node'] in [machine.name for machine in others]
+    leader.start()
+    server.until(lambda: all_ready(server), 60)
+    for workspace in made:
+        if server.get(f"/api/workspaces/{workspace['id']}")['status'] == 'stopped':
+            verb(server, workspace['id'], 'start')
+        server.wait_status(workspace['id'], 'running')
+
+
+def test_a_manager_that_is_none_is_told(serve):
+    server = serve(DOCKER_HOST='swarm:///var/run/docker.sock', connected=False)
+    problem = server.until(lambda: server.get('/health')['problems'])[0]
+    assert 'is no manager of a swarm' in problem and server.get('/health')['docker'] == 'disconnected'
+    assert server.get('/api/nodes') == []
+
+
+def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_states_of_that_node(
+        serve, machines):
+    urls = f'{machines[1].url},{machines[1].socket},tcp://{machines[2].address}:2377,{machines[3].url}'
+    server = serve(DOCKER_HOST=urls)
+    found = nodes(server)
+    states = [node['state'] for node in found.values()]
+    assert sorted(states) == ['down', 'down', 'ready', 'ready'] and len(found) == 4
+    errors = ' '.join(node['error'] or '' for node in found.values())
+    assert 'It is the same engine as that of node' in errors and ':2377' in errors
+    server.running('anyway')
+
+
+def test_the_dashboard_names_the_node(serve, machines, make_page):
+    # A browser reaches no other network, and what is on those machines is not ready for one here.
+    server = serve(network=None, DOCKER_HOST=f'{machines[1].socket},{machines[2].socket}',
+                   WORKSPACE_BIND_ADDRESS='127.0.0.1')
+    workspace = server.create('shown', node='local')
+    page = make_page()
+    open_dashboard(page, server, f"#/w/{workspace['id']}")
+    expect(page.locator('#workspaces .about')).to_contain_text(' · local')
+    expect(page.locator('#facts')).to_contain_text('Nodelocal')
+
+
+# Names and ports
+
+def test_names_and_ports_are_one_for_all_nodes_whoever_has_them(serve, machines):
+    server = serve()
+    warm = server.running('warm', node=machines[3].address)
+    image = machines[3].client.api.inspect_container(warm['containerId'])['Config']['Image']
+    first = int(server.settings['CODE_SERVER_PORTS'].partition('-')[0])
+    strange = machines[3].client.api
+    strange.create_container(image, name=f'{server.instance}-hers', labels={
+        'agentbackend.instance': server.instance, 'agentbackend.ports': json.dumps({'x': first + 1})})
+    status, code, _ = refusal(server, name='hers', node=machines[1].address)
+    assert (status, code) == (409, 'WORKSPACE_ALREADY_EXISTS')
+    # A program on another machine is not seen from here; the engine there says so when it starts.
+    with subprocess.Popen([*machines[1].inside(), sys.executable, '-c', LISTEN, machines[1].address,
+                           str(first + 2)], stdout=subprocess.PIPE) as listener:
+        listener.stdout.readline()
+        found = server.running('other', node=machines[1].address)
+        listener.kill()
+    assert found['codeServerPort'] == first + 3
+
+
+# The server
+
+def test_a_server_that_is_killed_knows_the_same_though_a_node_is_away(serve, machines):
+    server = serve()
+    server.until(lambda: all_ready(server))
+    for machine in machines.all:
+        server.create(f'on-{machine.address}', node=machine.address, type='temporary')
+    made = {item['id']: server.wait_status(item['id'], 'running') for item in server.get('/api/workspaces')}
+    lost = machines[3]
+    lost.link('down')
+    server.kill()
+    gone = next(item for item in made.values() if item['node'] == lost.address)
+    server.start()
+    server.until(lambda: [node['state'] for node in nodes(server).values()].count('ready') == 2)
+    for _ in range(3):
+        assert {item['id']: item['status'] for item in server.get('/api/workspaces')} == dict.fromkeys(
+            made, 'running')
+        time.sleep(0.7)  # a sweep
+    answer = server.call('DELETE', f"/api/workspaces/{gone['id']}")
+    assert answer.status_code == 202
+    # It is taken off the list: then nothing is waited for.
+    server.kill()
+    server.settings['DOCKER_HOST'] = f'{machines[1].url},{machines[2].url}'
+    server.start()
+    wait_gone(server, gone['id'])
+    assert {item['status'] for item in server.get('/api/workspaces')} == {'running'}
+
+
+# A task
+
+def test_a_task_goes_on_though_its_node_is_cut_off(serve, machines, agents_template):
+    folder, base = agents_template
+    count = 60
+    step = '{\\"type\\":\\"message\\",\\"data\\":{\\"message\\":\\"$n\\"}}'
+    agent = f"""sh -c 'n=0; while [ $n -lt {count} ]; do n=$((n+1)); echo "{step}"; sleep 0.2; done'"""
+    server = serve(TEMPLATES_DIR=str(folder), DEFAULT_TEMPLATE='agents', AGENT_COMMAND=agent,
+                   DEFAULT_AGENT='command', LOG_LEVEL='info')
+    with subprocess.Popen(['docker', 'save', base], stdout=subprocess.PIPE) as saved:
+        machines[1].client.images.load(saved.stdout)
+    server.create('work', node=machines[1].address)
+    server.wait_status('work', 'running', timeout=120)
+    begin(server, 'count', sessionId='counted')
+    time.sleep(2)
+    machines[1].link('down')
+    server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
+    assert server.get('/api/agent/sessions/counted')['state'] == 'running'
+    server.kill()
+    server.start()
+    server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
+    assert server.get('/api/agent/sessions/counted')['state'] == 'running'
+    machines[1].link('up')
+    assert ended(server, 'counted')['state'] == 'completed'
+    events = transcript(server, 'counted')
+    numbers = [event['data']['message'] for event in events if event['type'] == 'message']
+    assert numbers == [str(number + 1) for number in range(count)]
+
+
+# An engine behind ssh
+
+def test_an_engine_is_reached_by_ssh(make_server, docker_client, base_image, tmp_path):
+    home = tmp_path / 'home'
+    (home / '.ssh').mkdir(parents=True, mode=0o700)
+    for key in ('id', 'host'):
+        subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', home / '.ssh' / key], check=True)
+    sshd = docker_client.containers.run(
+        base_image, entrypoint=['sh', '-c', SSHD], detach=True, user='root', remove=True,
+        environment={'HOST_KEY': (home / '.ssh' / 'host').read_text(),
+                     'KEY': (home / '.ssh' / 'id.pub').read_text()},
+        volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})
+    try:
+        sshd.reload()
+        address = sshd.attrs['NetworkSettings']['IPAddress']
+        public = (home / '.ssh' / 'host.pub').read_text()
+        (home / '.ssh' / 'config').write_text(f'Host near\n  HostName {address}\n  Port 2200\n  User root\n'
+                                              f"  IdentityFile {home}/.ssh/id\n"
+                                              f'  UserKnownHostsFile {home}/.ssh/known\n')
+        wrapper = tmp_path / 'bin'
+        wrapper.mkdir()
+        (wrapper / 'ssh').write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/.ssh/config "$@"\n')
+        (wrapper / 'ssh').chmod(0o755)
+        server = make_server(DOCKER_HOST='ssh://near', PATH=f"{wrapper}:{os.environ['PATH']}",
+                             connected=False)
+        server.until(lambda: 'Host key verification failed' in str(nodes(server)))
+        (home / '.ssh' / 'known').write_text(f'[{address}]:2200 {public}')
+        server.until(lambda: server.get('/health')['docker'] == 'connected')
+        workspace = server.running('behind', template='blank')
+        assert workspace['node'] == 'near' and nodes(server)['near']['address'] == address
+        said = server.call('POST', '/api/workspaces/behind/exec', {'command': 'wc -c', 'stdin': 'over ssh'})
+        assert said.json()['data']['stdout'] == '8\n'
+        tunnels = tunnels_to('near')
+        assert len(tunnels) == 1
+        os.kill(tunnels[0], signal.SIGKILL)  # it comes anew
+        server.until(lambda: tunnels_to('near') not in ([], tunnels))
+        server.until(lambda: all_ready(server))
+        verb(server, 'behind', 'restart')
+        server.wait_status('behind', 'running')
+        delete(server, 'behind')
+        server.kill()
+        deadline = time.monotonic() + 10
+        while tunnels_to('near'):
+            assert time.monotonic() < deadline, 'a tunnel outlives its server'
+            time.sleep(0.1)
+    finally:
+        sshd.kill()
+
+
+def tunnels_to(host):
+    """Return the numbers of the processes that are tunnels to a host."""
+    found = subprocess.run(['pgrep', '-f', f'^[^ ]*ssh .*-L .* -- {host}$'], capture_output=True, text=True,
+                           check=False)
+    return [int(number) for number in found.stdout.split()]
