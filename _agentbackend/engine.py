@@ -68,7 +68,7 @@ class Engine(Alone):
         self._errors = client.errors
         self._recorded = recorded
         self.instance = instance
-        self._cpus = None
+        self._cpus = self._network = None  # as far as they are known
         self._starts = gevent.lock.BoundedSemaphore(8)  # more at once only queue up inside the engine
 
     @property
@@ -243,10 +243,15 @@ class Engine(Alone):
         """
         name = f'{PREFIX}-{self.instance}'
         with self._errors():
-            if not [item for item in self._api.networks(names=[name]) if item['Name'] == name]:
-                options = {'com.docker.network.bridge.enable_icc': 'false'} if isolated else {}
-                self._api.create_network(name, driver='bridge', options=options, check_duplicate=True,
-                                         labels={f'{PREFIX}.instance': self.instance})
+            if self._network:  # a manager without a leader answers by the id alone, since it asks nobody else
+                with contextlib.suppress(docker.errors.NotFound):
+                    self._api.inspect_network(self._network)
+                    return name
+            found = [item for item in self._api.networks(names=[name]) if item['Name'] == name]
+            options = {'com.docker.network.bridge.enable_icc': 'false'} if isolated else {}
+            self._network = (found[0] if found else self._api.create_network(
+                name, driver='bridge', options=options, check_duplicate=True,
+                labels={f'{PREFIX}.instance': self.instance}))['Id']
         return name
 
     def remove_network(self):

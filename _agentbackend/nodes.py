@@ -135,6 +135,7 @@ class Swarm:
         urls = [url if '://' in url else template.format(address=url, name=url) for url in managers]
         self._links = collections.deque((url, Link(url, connect)) for url in urls)
         self._sockets = {}  # id of a node -> URL of its engine's socket on this machine
+        self._known = {}  # id of a node -> Member, as it was last told
 
     def members(self):
         """Return all Members, as the first manager says that knows them; raise EngineUnavailable when none
@@ -167,15 +168,18 @@ class Swarm:
         # One that left and joined again is listed twice: the dead one has lost its name.
         members, found = {}, sorted(found, key=lambda node: node['Status']['State'] != 'ready')
         for node in found:
-            name = node['Description']['Hostname']
-            name = name if name not in members else f"{name}-{node['ID'][:6]}"
-            members[name] = self._member(name, node)
+            name, address = (node.get('Description') or {}).get('Hostname'), address_of(node)
+            # A leader that is new has not heard from every node yet: that one is as it was.
+            if name and address:
+                name = name if name not in members else f"{name}-{node['ID'][:6]}"
+                self._known[node['ID']] = self._member(name, address, node)
+            if node['ID'] in self._known:
+                member = self._known[node['ID']]
+                members[member.name] = member
         return list(members.values())
 
-    def _member(self, name, node):
-        address, spec = node['Status'].get('Addr', ''), node['Spec']
-        if address in ('', '0.0.0.0', '127.0.0.1'):  # a manager may say so of itself
-            address = node.get('ManagerStatus', {}).get('Addr', address).rpartition(':')[0]
+    def _member(self, name, address, node):
+        spec = node['Spec']
         url = self._sockets.get(node['ID']) or self._template.format(address=address, name=name)
         return Member(name, url, address, spec.get('Labels') or {}, spec['Availability'],
                       node['Status']['State'])
@@ -291,3 +295,11 @@ def ip_of(host):
     with contextlib.suppress(OSError):
         return socket.gethostbyname(host) if host else ''
     return host
+
+
+def address_of(node):
+    """Return the IP address of a node of a swarm, as far as it is told."""
+    address = node['Status'].get('Addr', '')
+    if address in ('', '0.0.0.0', '127.0.0.1'):  # a manager may say so of itself
+        address = node.get('ManagerStatus', {}).get('Addr', address).rpartition(':')[0]
+    return address

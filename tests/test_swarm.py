@@ -291,13 +291,16 @@ def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
     server.until(lambda: nodes(server)[leader.name]['state'] == 'down')
     for workspace, machine in zip(made, swarm.all, strict=True):
         verb(server, workspace['id'], 'restart', 503 if machine is leader else 202)
+    begun = time.monotonic()
     assert server.running('meanwhile')['node'] in [machine.name for machine in others]
+    assert time.monotonic() - begun < 15, 'it waited for a new leader'
     leader.start()
     server.until(lambda: all_ready(server), 60)
     for workspace in made:
         if server.get(f"/api/workspaces/{workspace['id']}")['status'] == 'stopped':
             verb(server, workspace['id'], 'start')
         server.wait_status(workspace['id'], 'running')
+    assert 'Traceback' not in server.log.read_text()
 
 
 def test_a_manager_that_is_none_is_told(serve):
