@@ -47,6 +47,7 @@ async function serve({ parse, readConfigFile, setDefaults, wrapper, runCodeServe
         const given = parse(process.argv.slice(2));
         const args = await setDefaults(given, await readConfigFile(given.config));
         wrapper.preventExit();
+        process.env.NODE_EXEC_PATH = process.execPath; // for its command in terminals
         if (owner) {
             whenTold((password, folder) => {
                 args.password = password;
