@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 from helpers import kept
 
+from _agentbackend import mirror
 from _agentbackend import state as state_module
 from _agentbackend.errors import (
     ConfigError,
@@ -565,7 +566,7 @@ def fill(folder):
 @pytest.fixture
 def hasty(monkeypatch):
     """What could not be written is soon tried again."""
-    monkeypatch.setattr(state_module, 'RETRY_PAUSE', 0.1)
+    monkeypatch.setattr(mirror, 'RETRY_PAUSE', 0.1)
 
 
 def test_a_full_disk_is_told_and_everything_is_written_when_there_is_room_again(small_disk, hasty):
