@@ -15,7 +15,7 @@ from conftest import (
     remove_objects,
     write_template,
 )
-from helpers import PUBLIC_KEY, delete, in_container, inspect, left_of, lose, patch, state_path, verb
+from helpers import PUBLIC_KEY, delete, in_container, inspect, left_of, lose, lose_all, patch, state_path, verb
 
 # As the entrypoint of templates/base: it takes its settings over stdin, once, and sshd comes last.
 HEARING_ENTRY = """\
@@ -326,7 +326,7 @@ def test_a_kill_at_any_step_of_a_claim_loses_and_leaves_nothing(state, hearing, 
         for step, (words, is_known) in STEPS.items():
             claim_and_die(server, words)
             if state == 'lost':
-                lose(state_path(server))
+                lose_all(docker_client, server)
             server.program = program_with(HASTY)
             server.start()
             found = check_survivors(docker_client, server)
@@ -356,7 +356,7 @@ def test_kills_at_random_moments_of_a_claim(state, pooled, docker_client):
             server.kill()
             answered = create.stdout.read()
         if state == 'lost':
-            lose(state_path(server))
+            lose_all(docker_client, server)
         server.start()
         found = check_survivors(docker_client, server)
         assert found or not answered or state == 'lost'

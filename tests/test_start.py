@@ -39,9 +39,10 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path):
 
 def test_who_may_not_use_docker_is_told_which_group_that_takes():
     script = (ROOT / 'run.sh').read_text().partition('\ncase ')[0] + '\nis_refused'
-    code = (f'import os, sys; sys.path.insert(0, {str(ROOT)!r}); import agentbackend\n'
+    code = (f'import os, sys; sys.path.insert(0, {str(ROOT)!r})\n'
+            'from agentbackend import monkey\nfrom _agentbackend.dockerclient import DockerClient\n'
             'os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n'
-            'agentbackend.DockerClient(host=os.environ["DOCKER_HOST"]).ping()')
+            'DockerClient(host=os.environ["DOCKER_HOST"]).ping()')
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         path = f'{folder}/docker.sock'
         listener.bind(path)
