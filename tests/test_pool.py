@@ -15,7 +15,18 @@ from conftest import (
     remove_objects,
     write_template,
 )
-from helpers import PUBLIC_KEY, delete, in_container, inspect, left_of, lose, lose_all, patch, state_path, verb
+from helpers import (
+    PUBLIC_KEY,
+    delete,
+    in_container,
+    inspect,
+    left_of,
+    lose,
+    lose_all,
+    patch,
+    state_path,
+    verb,
+)
 
 # As the entrypoint of templates/base: it takes its settings over stdin, once, and sshd comes last.
 HEARING_ENTRY = """\
