@@ -330,34 +330,44 @@ def check_survivors(client, server):
     return found[0] if found else None
 
 
-@pytest.mark.parametrize('state', ['kept', 'lost'])
-def test_a_kill_at_any_step_of_a_claim_loses_and_leaves_nothing(state, hearing, tmp_path, docker_client):
-    server = Served(tmp_path, hearing[0], WARM_POOL='hears:2', DEFAULT_TEMPLATE='hears', PREBUILD='hears')
-    try:
-        for step, (words, is_known) in STEPS.items():
-            claim_and_die(server, words)
-            if state == 'lost':
-                lose_all(docker_client, server)
-            server.program = program_with(HASTY)
-            server.start()
-            found = check_survivors(docker_client, server)
-            if state == 'kept':
-                assert found or step == 'reserved', step
-            else:
-                assert bool(found) == is_known, step
-            if found:
-                delete(server, 'claimed')
-            server.stop()
-    finally:
+def kill_at_each_step(client, server, state):
+    """Have a server killed at each step of a claim, and look at what the next one has."""
+    for step, (words, is_known) in STEPS.items():
+        claim_and_die(server, words)
+        if state == 'lost':
+            lose_all(client, server)
+        server.program = program_with(HASTY)
+        server.start()
+        found = check_survivors(client, server)
+        if state == 'kept':
+            assert found or step == 'reserved', step
+        else:
+            assert bool(found) == is_known, step
+        if found:
+            delete(server, 'claimed')
         server.stop()
-        print(server.log.read_text()[-8000:])
-        remove_objects(docker_client, server.instance)
+
+
+def test_a_kill_at_any_step_of_a_claim_loses_and_leaves_nothing(hearing, tmp_path, docker_client):
+    first, servers = int(port_ranges()['SSH_PORTS'].partition('-')[0]), {}
+    for at, state in enumerate(('kept', 'lost')):
+        (tmp_path / state).mkdir()
+        servers[state] = Served(tmp_path / state, hearing[0], WARM_POOL='hears:2', DEFAULT_TEMPLATE='hears',
+                                PREBUILD='hears', SSH_PORTS=f'{first + 14 * at}-{first + 14 * at + 13}')
+    try:
+        concurrently(*(lambda state=state: kill_at_each_step(docker_client, servers[state], state)
+                       for state in servers))
+    finally:
+        for server in servers.values():
+            server.stop()
+            print(server.log.read_text()[-8000:])
+            remove_objects(docker_client, server.instance)
 
 
 @pytest.mark.parametrize('state', ['kept', 'lost'])
 def test_kills_at_random_moments_of_a_claim(state, pooled, docker_client):
     server = pooled()
-    for _ in range(3):
+    for _ in range(2):
         wait_ready(server)
         with subprocess.Popen(
                 ['curl', '-s', '-H', 'Content-Type: application/json', '-d',

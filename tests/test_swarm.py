@@ -176,7 +176,9 @@ def test_a_node_is_lost_and_comes_back(serve, machines, loss):
         server.until(lambda: all_ready(server))
         server.until(lambda: statuses[-1] == '')
         check_back(server, made, lost, loss)
-    gevent.joinall(reading)
+        near.cut()
+        kept.cut()
+        gevent.joinall(reading)  # a file that is read is not to be closed
     lines = [text for text in said if text.startswith('line')]
     first = int(lines[0].split()[1])
     assert lines == [f'line {first + at}' for at in range(len(lines))] and len(lines) > 10
