@@ -83,25 +83,26 @@ STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush']
          'running': (['Workspaces._set_status', "'running'"], True), 'kept': (['Engine.keep_running'], True)}
 
 
-def write_hearing(folder, name, test, steps=()):
+def write_hearing(folder, name, test):
     """Write a tiny template whose entrypoint takes its settings over stdin."""
-    write_template(folder, name, test, ['LABEL agentbackend.settings=stdin', *steps])
+    write_template(folder, name, test, ['LABEL agentbackend.settings=stdin'])
     (folder / name / 'entry').write_text(HEARING_ENTRY)
 
 
-@pytest.fixture
-def hearing(own_templates, layers):
-    """A folder with the template `hears`, and a function that adds such templates."""
-    folder, _ = own_templates
+@pytest.fixture(scope='module')
+def hearing(tmp_path_factory, layers):
+    """A folder with the templates `tiny` and `hears`, whose images are built once."""
+    folder = tmp_path_factory.mktemp('hearing')
+    write_template(folder, 'tiny', layers)
     write_hearing(folder, 'hears', layers)
-    return folder, lambda name, *steps: write_hearing(folder, name, layers, steps)
+    return folder
 
 
 @pytest.fixture
 def pooled(hearing, make_server):
-    """A function that starts a server with a pool, whose images are there."""
+    """A function that starts a server with a pool."""
     def make(pool='hears:2', **settings):
-        return make_server(**{'TEMPLATES_DIR': str(hearing[0]), 'PREBUILD': 'hears', 'constants': HASTY,
+        return make_server(**{'TEMPLATES_DIR': str(hearing), 'PREBUILD': 'hears', 'constants': HASTY,
                               'DEFAULT_TEMPLATE': 'hears', 'WARM_POOL': pool, **settings})
     return make
 
@@ -218,11 +219,13 @@ def test_a_clone_that_fails_takes_its_member_along(pooled, docker_client):
     assert server.create('next')['id'] != made['id']
 
 
-def test_an_edited_template_is_never_served_stale(hearing, pooled, docker_client):
-    server = pooled('hears:1')
+def test_an_edited_template_is_never_served_stale(own_templates, layers, pooled, docker_client):
+    folder, _ = own_templates
+    write_hearing(folder, 'hears', layers)
+    server = pooled('hears:1', TEMPLATES_DIR=str(folder))
     wait_ready(server, 1)
     old = members(docker_client, server)
-    with open(hearing[0] / 'hears' / 'entry', 'a') as entry:
+    with open(folder / 'hears' / 'entry', 'a') as entry:
         entry.write('# edited\n')
     made = server.create('fresh')
     assert not made['warm']
@@ -352,7 +355,7 @@ def test_a_kill_at_any_step_of_a_claim_loses_and_leaves_nothing(hearing, tmp_pat
     first, servers = int(port_ranges()['SSH_PORTS'].partition('-')[0]), {}
     for at, state in enumerate(('kept', 'lost')):
         (tmp_path / state).mkdir()
-        servers[state] = Served(tmp_path / state, hearing[0], WARM_POOL='hears:2', DEFAULT_TEMPLATE='hears',
+        servers[state] = Served(tmp_path / state, hearing, WARM_POOL='hears:2', DEFAULT_TEMPLATE='hears',
                                 PREBUILD='hears', SSH_PORTS=f'{first + 14 * at}-{first + 14 * at + 13}')
     try:
         concurrently(*(lambda state=state: kill_at_each_step(docker_client, servers[state], state)
