@@ -97,7 +97,7 @@ def test_the_same_name_finds_it_again_with_what_it_has_printed(server, docker_cl
     with Client(server, '?name=again') as client:
         client.type(b'for n in $(seq 5); do echo "number $n"; done; sleep 9201\n')
         client.until(b'number 5\r\n')
-    assert running(docker_client, server.container, 'sleep 9201')
+    seconds_until(lambda: running(docker_client, server.container, 'sleep 9201'))
     server.kill()
     server.start()
     found = server.get('/api/workspaces/work/terminals')
