@@ -36,7 +36,6 @@ MIN_SHARED = 64 * 2**20  # bytes of shared memory, of which a browser needs more
 INFO_TIMEOUT = 10  # seconds
 RUN_TIMEOUT = 60  # seconds that a short command may take
 REMOVE_TIMEOUT = 30  # seconds that a removal may be waited for
-ANSWER_TIMEOUT = 10  # seconds that a container may take to answer what it is told
 HELPER_LIFE = 6 * 3600  # seconds
 MAX_PRINTED = 2**16  # bytes that are taken of what a short command prints
 LINES_AT_ONCE = 200  # of a log, when they are not waited for
@@ -430,18 +429,19 @@ class Engine(Alone):
 
     # Inside a container
 
-    def tell(self, container_id, data, answer=b''):
-        """Write to the stdin of a container's first process, started or not, and wait until it prints a line
-        with `answer`, if any; return whether it did so within ANSWER_TIMEOUT."""
-        said = b''
+    def tell(self, container_id, data, answers=()):
+        """Write to the stdin of a container's first process, started or not; return how many of the answers,
+        (text, seconds that it may take), it prints in their order."""
+        said, came = b'', 0
         with self._errors(), self._client.attached_to(container_id) as attached:
             attached.sendall(data)
-            with gevent.Timeout(ANSWER_TIMEOUT, False):
-                for _, printed in attached if answer else ():
-                    said += printed
-                    if answer in said:
-                        break
-        return answer in said
+            printed = iter(attached)
+            for text, seconds in answers:
+                with gevent.Timeout(seconds, False):
+                    while text not in said and (more := next(printed, None)):
+                        said += more[1]
+                came += text in said
+        return came
 
     def put_files(self, container_id, files):
         """Write {absolute path: (bytes, mode, owner)} into a container, started or not."""

@@ -16,6 +16,7 @@ SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint r
 # Of the variables of a workspace those that everything in it has, editor and clone too; dev's shells have the
 # others.
 FOR_ALL = re.compile(r'(?i:(http|https|ftp|all|no)_proxy)|GIT_SSL_[A-Z_]+|TZ')
+TAKE_TIMEOUT, SOON = 10, 2  # seconds
 INSIDE = {'codeServer': CODE_SERVER_PORT, 'ssh': SSH_PORT}
 
 
@@ -99,6 +100,12 @@ class Recipe:
         the word once it has them."""
         settings = make_tar(files)
         return f'{word} {len(settings)}\n'.encode() + settings
+
+    @staticmethod
+    def answers(word):
+        """Return what an entrypoint answers to that, as Engine.tell takes it: that it has them, and soon that
+        all is there, if nothing is cloned or set up; to wait for that costs less than to look."""
+        return (f'workspace: owned {word}\n'.encode(), TAKE_TIMEOUT), (b'workspace: started in ', SOON)
 
     def environment(self, workspace):
         """Return the variables that everything in a workspace has, not only dev's shells."""

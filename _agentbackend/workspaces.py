@@ -44,8 +44,6 @@ from _agentbackend.records import (
 log = logging.getLogger('agentbackend')
 
 PORT_ATTEMPTS = 5
-# Seconds between looks at a workspace that starts: a twentieth of the time that it has taken so far.
-MIN_PAUSE, MAX_PAUSE = 0.02, 0.5
 LISTEN_PAUSE = 2  # seconds between looks into its log
 INSPECT_PAUSE = 0.25  # seconds between looks whether it has ended
 MAX_TOLD = 48_000  # bytes of settings that go over stdin, which waits for nobody
@@ -399,7 +397,7 @@ class Workspaces:
                 word = secrets.token_hex(16)
                 settings = self.recipe.spoken(files, word)
                 return len(settings) <= MAX_TOLD and self._engine.tell(
-                    container.id, settings, f'workspace: owned {word}\n'.encode())
+                    container.id, settings, self.recipe.answers(word)) > 0
         except EngineUnavailable:
             raise
         except DockerError as error:
@@ -474,7 +472,7 @@ class Workspaces:
                 raise DockerError('The workspace did not answer within '
                                   f'READY_TIMEOUT={self._config.ready_timeout} s. '
                                   f'It printed last: {self._probes.last_words(container)}')
-            cancelled.wait(min(max(MIN_PAUSE, waited / 20), MAX_PAUSE))
+            cancelled.wait(self._probes.pause(container, waited))
 
     def _publish_ports(self, workspace_id, ports):
         """Let the next container of a workspace publish more ports, as far as there are any."""
