@@ -70,8 +70,11 @@ class Machine:
             lan = self._machines.lan.prefix
             # The kernel may not be done with the last one of that name.
             subprocess.run([*lan, 'ip', 'link', 'del', self.name], stderr=subprocess.DEVNULL, check=False)
+            # Its card is the same one, as that of a machine is that comes back.
+            card = f"02:00:00:00:00:{int(self.address.rpartition('.')[2]):02x}"
             subprocess.run([*lan, 'sh', '-c', f'ip link add {self.name} type veth peer name eth0 '
-                            f'netns {self._root} && ip link set {self.name} master br0 up'], check=True)
+                            f'address {card} netns {self._root} && ip link set {self.name} master br0 up'],
+                           check=True)
             subprocess.run([*self.inside(), 'sh', '-c', f'ip addr add {self.address}/24 dev eth0 && '
                             f'ip link set eth0 up && ip route add default via {LAN}.1'], check=True)
         if self._engine is None:
