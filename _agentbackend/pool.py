@@ -22,7 +22,6 @@ from _agentbackend.records import AGENT, PERSISTENT, Workspace
 
 log = logging.getLogger('agentbackend')
 
-TEND_PAUSE = 1  # seconds between looks at what lacks
 LOOK_PAUSE = 10  # seconds between looks whether the members are well
 FIRST_RETRY, LAST_RETRY = 10, 300  # seconds after a member could not be made, doubled each time
 READY_PAUSE = 0.05  # seconds between looks at one that is made

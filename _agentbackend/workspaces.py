@@ -396,8 +396,8 @@ class Workspaces:
                 self._told[workspace.id] = self.recipe.files(workspace)
                 word = secrets.token_hex(16)
                 settings = self.recipe.spoken(files, word)
-                return len(settings) <= MAX_TOLD and self._engine.tell(
-                    container.id, settings, self.recipe.answers(word)) > 0
+            return len(settings) <= MAX_TOLD and self._engine.tell(
+                container.id, settings, self.recipe.answers(word)) > 0
         except EngineUnavailable:
             raise
         except DockerError as error:

@@ -1,10 +1,12 @@
 """Workspaces that are made ahead: how they are given away, what is never given away, and what a crash at any
 moment leaves."""
+import contextlib
 import json
 import random
 import subprocess
 import time
 
+import docker
 import pytest
 from conftest import (
     Served,
@@ -41,7 +43,7 @@ if [ "$WORKSPACE_SETTINGS" = stdin ] && [ ! -e $settings/owned ]; then
     echo "workspace: waits for its owner"
     read -r word length
     echo "$word" >$settings/taken
-    [ -z "$SLOW" ] || sleep "$SLOW"
+    sleep 0
     head -c "$length" | tar -x -C /
     echo "$word" >$settings/owned
     echo "workspace: owned $word"
@@ -83,10 +85,10 @@ STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush']
          'running': (['Workspaces._set_status', "'running'"], True), 'kept': (['Engine.keep_running'], True)}
 
 
-def write_hearing(folder, name, test):
-    """Write a tiny template whose entrypoint takes its settings over stdin."""
+def write_hearing(folder, name, test, pause=0):
+    """Write a tiny template whose entrypoint takes its settings over stdin, and takes its time for it."""
     write_template(folder, name, test, ['LABEL agentbackend.settings=stdin'])
-    (folder / name / 'entry').write_text(HEARING_ENTRY)
+    (folder / name / 'entry').write_text(HEARING_ENTRY.replace('sleep 0', f'sleep {pause}'))
 
 
 @pytest.fixture(scope='module')
@@ -233,6 +235,27 @@ def test_an_edited_template_is_never_served_stale(own_templates, layers, pooled,
     server.until(lambda: members(docker_client, server) not in (old, []), 60)
     wait_ready(server, 1)
     assert server.create('again')['warm']
+
+
+@pytest.mark.parametrize('pool', ['', 'hears:1'], ids=['cold', 'warm'])
+def test_a_change_while_a_container_takes_its_settings_is_not_lost(pool, own_templates, layers, pooled,
+                                                                   docker_client):
+    folder, _ = own_templates
+    write_hearing(folder, 'hears', layers, pause=2)
+    server = pooled(pool, TEMPLATES_DIR=str(folder))
+    if pool:
+        wait_ready(server, 1)
+    server.create('mine', env={'MY': 'old'})
+
+    def is_taken():
+        with contextlib.suppress(docker.errors.APIError):
+            found = docker_client.containers.get(f'{server.instance}-mine')
+            return found.exec_run(['test', '-e', '/etc/agentbackend/taken'])[0] == 0
+    server.until(is_taken)
+    patch(server, 'mine', env={'MY': 'new'})
+    assert server.get('/api/workspaces/mine')['status'] == 'creating'
+    server.wait_status('mine', 'running')
+    assert in_container(docker_client, server, 'mine', 'echo $MY') == 'new'
 
 
 def test_what_waits_is_looked_after(pooled, docker_client):
