@@ -13,7 +13,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     clients      who listens: SSE and WebSocket clients
     feeds        what a reader of a workspace or a session is given: what was missed, then what comes
     tasks        tasks that agents do in workspaces: begun, followed, watched, ended
-    talks        WebSocket clients of one terminal, or of one command
+    talks        WebSocket clients: what all have, as their pings, and those of one terminal or one command
     repeats      requests that are sent again, answered as the first time
     gitstate     what git knows of a project
     files        files of workspaces, read and written by a program inside them
@@ -22,7 +22,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     execs        commands that clients run in workspaces while they wait for them
     runs         commands that outlive everybody, each with a folder in the volume
     routing      what a route is, and what stands between Bottle and its handler
-    gate         what comes before the routes: who may call, from where, and with how large a body
+    gate         what comes before the routes: who may call, from where, with how large a body but for uploads
     keeper       what keeps records, engine and clock in step: follow, adopt, compare, sweep
     workspaces   the life of workspaces: create, start, stop, restart, change, remove
     pool         workspaces that are made ahead, and wait for their owners
@@ -33,7 +33,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     waits        waiting for a workspace to become what a client waits for
     events       what happened, in a ring of batches per topic, in which readers are positions
     pages        the OpenAPI document, the dashboard and the reference
-    views        records as the objects of the API, events as they go over the wire
+    views        records as the objects of the API, events as they go over the wire; SSE's time to come back
     images       templates, and the images built from them
     swarm        several nodes as one engine: what is asked of which, placement, and images on their way
     nodes        machines with an engine each: which there are, how they are reached, whether they answer
@@ -57,15 +57,19 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     giturls      addresses of repositories, and the secrets in them
     dockerlog    the format of the engine's logs
     timing       turns among greenlets, time limits, and how times are read and written
-    errors       what can go wrong, each with its HTTP status and code
+    errors       what can go wrong, each with its HTTP status and code; its words stand where it is raised
 
-What a body may hold (fields, limits, texts) stands in `schemas/`, what runs inside a workspace in
-`templates/base/`, the version in `_agentbackend/__init__.py`.
+What a body may hold (fields, limits, texts) stands in `schemas/`, the version in `_agentbackend/__init__.py`,
+what runs inside a workspace in `templates/base/`, whose `bin/workspace-entrypoint` starts all of it, and what
+files and terminals have run there in `_agentbackend/inside/`.
 
 Routes      the table of routes and their handlers
 Server      the composition, the WSGI server, the command line
 """
-from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before others are imported
+from gevent import events, monkey  # noqa: I001 - before others are imported
+searching, events.notify_and_call_entry_points = events.notify_and_call_entry_points, events.notify
+monkey.patch_all()  # without a look, 25 times, for gevent's plugins in all that is installed
+events.notify_and_call_entry_points = searching
 
 import contextlib
 import functools

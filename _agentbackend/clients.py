@@ -16,7 +16,7 @@ from _agentbackend.positions import Cursor, LogPosition
 from _agentbackend.schemas import parse_json
 from _agentbackend.talks import Listener
 from _agentbackend.timing import Turn, with_pauses
-from _agentbackend.views import RETRY, encode, view_failure
+from _agentbackend.views import SSE_RETRY, encode, view_failure
 from _agentbackend.wire import POLICY, WebSocketError
 
 log = logging.getLogger('agentbackend')
@@ -135,7 +135,7 @@ def sse_stream(opened):
     # A proxy may wait for the first bytes. `retry` stands with the first event: alone, some clients make one
     # of it.
     yield b': events\n\n'
-    written, turn, retry = time.monotonic(), Turn(), b'retry: %d\n' % RETRY
+    written, turn, retry = time.monotonic(), Turn(), b'retry: %d\n' % SSE_RETRY
     with opened as feed:
         for batches in feed.batches():
             if batches:

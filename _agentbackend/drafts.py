@@ -2,7 +2,7 @@
 import secrets
 import time
 
-from _agentbackend.errors import refusal
+from _agentbackend.errors import WorkspaceNotRunning, refusal
 from _agentbackend.giturls import split_credentials, with_token
 from _agentbackend.records import AGENT, PERSISTENT, Workspace
 from _agentbackend.sshkeys import parse_private_key, parse_public_keys
@@ -111,3 +111,10 @@ def checked_env(env):
         raise refusal('env', f'has {size:,} bytes in all, but at most {MAX_ENV:,} are taken; put what is '
                              'large into a file')
     return env
+
+
+def refuse_unless(workspace, statuses, done):
+    """Raise WorkspaceNotRunning for a workspace in another status than what is asked of it needs."""
+    if workspace.status not in statuses:
+        raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status} and cannot be {done} '
+                                  f"now; it can be when it is {' or '.join(sorted(statuses))}.")

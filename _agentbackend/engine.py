@@ -326,12 +326,11 @@ class Engine(Alone):
         with self._errors(), contextlib.suppress(docker.errors.NotFound):
             self._api.stop(container_id, timeout=timeout)
 
-    def rename(self, container_id, name):
-        """Rename a container, which may have the name already; raise ConflictOnEngine when another has it."""
-        container = self.inspect(container_id)
-        if container is not None and container.name != name:
+    def rename(self, container, name):
+        """Rename a Container, which may have the name already; raise ConflictOnEngine when another has it."""
+        if container.name != name:
             with self._errors():
-                self._api.rename(container_id, name)
+                self._api.rename(container.id, name)
 
     def remove_container(self, container_id):
         """Remove a container, running or not; one that is gone is fine."""
@@ -430,9 +429,9 @@ class Engine(Alone):
     # Inside a container
 
     def tell(self, container_id, data, answers=()):
-        """Write to the stdin of a container's first process, started or not; return how many of the answers,
-        (text, seconds that it may take), it prints in their order."""
-        said, came = b'', 0
+        """Write to the stdin of a container's first process, started or not; return what it prints until the
+        last of the answers, (text, seconds that it may take)."""
+        said = b''
         with self._errors(), self._client.attached_to(container_id) as attached:
             attached.sendall(data)
             printed = iter(attached)
@@ -440,8 +439,7 @@ class Engine(Alone):
                 with gevent.Timeout(seconds, False):
                     while text not in said and (more := next(printed, None)):
                         said += more[1]
-                came += text in said
-        return came
+        return said
 
     def put_files(self, container_id, files):
         """Write {absolute path: (bytes, mode, owner)} into a container, started or not."""

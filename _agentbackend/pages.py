@@ -29,7 +29,7 @@ from _agentbackend.errors import (
     WaitTimeout,
     WorkspaceNotFound,
 )
-from _agentbackend.views import RETRY
+from _agentbackend.views import SSE_RETRY
 
 # ---------------------------------------------------------------------------------------------
 # OpenAPI
@@ -196,7 +196,7 @@ def content_of(kind, route, schemas, titles, examples):
         lines = ''.join(f"id: {example['id']}\ndata: {json.dumps(example)}\n\n"
                         for example in schemas.documents['event']['examples'])
         return {EVENT_STREAM: {'schema': schema_ref(titles['event-stream']),
-                               'example': f': events\n\nretry: {RETRY}\n{lines}'}}
+                               'example': f': events\n\nretry: {SSE_RETRY}\n{lines}'}}
     if isinstance(kind, StreamOf):
         lines = ''.join(f'data: {json.dumps(example)}\n\n'
                         for example in schemas.documents[kind.schema]['examples'])

@@ -25,9 +25,10 @@ MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
 
 
 class Start:
-    """What a container tells while it starts; `again` says that it was started before."""
+    """What a container tells while it starts; `again` says that it was started before, and `said` is what
+    was heard of it already."""
 
-    def __init__(self, container_id, warnings=(), *, again=False):
+    def __init__(self, container_id, warnings=(), *, again=False, said=b''):
         self.container_id = container_id
         self.again = again
         # Its last sign of life; when it was last listened for.
@@ -39,6 +40,8 @@ class Start:
         self.is_up = False  # all is there, it has said
         self.waits = False  # for its owner, it has said
         self.is_late = False  # its editor begins only when it has one, it has said
+        for line in said.decode('utf-8', 'replace').splitlines():
+            self.take(line)
 
     def take(self, text):
         """Take a line of its log."""
@@ -80,9 +83,13 @@ class Probes:
         if self.health(workspace, container.id, timeout) is None:
             return False
         if container.labels.get(HEARS):  # one of ours says so, and sshd comes last there
-            self.listen(start, container)
+            if not start.is_up:
+                self.listen(start, container)
             return start.is_up
-        return self._ssh_answers(workspace, container.id)
+        if not self._ssh_answers(workspace, container.id):
+            return False
+        self.listen(start, container)  # of what it warns
+        return True
 
     @staticmethod
     def pause(container, waited):

@@ -15,7 +15,7 @@ from _agentbackend.records import AGENT, ERROR, RUNNING, STATUSES, STOPPED, titl
 from _agentbackend.timing import view_time
 from _agentbackend.wire import text_frame
 
-RETRY = 2000  # milliseconds after which a browser's EventSource comes back
+SSE_RETRY = 2000  # milliseconds after which a browser's EventSource comes back
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 NO_LINE_ENDS = {code: f'\\u{code:04x}' for code in (0x85, 0x2028, 0x2029)}
 # What the entrypoint of a workspace says of its way to readiness, which is told as `progress`.

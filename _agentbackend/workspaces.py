@@ -11,7 +11,7 @@ import gevent
 import gevent.event
 import gevent.lock
 
-from _agentbackend.drafts import changes_of, draft, git_fields
+from _agentbackend.drafts import changes_of, draft, git_fields, refuse_unless
 from _agentbackend.errors import (
     BackendError,
     ConflictOnEngine,
@@ -134,7 +134,7 @@ class Workspaces:
             raise WorkspaceNotRunning(f'{workspace.name} has no container, because it was never made: '
                                       f'{workspace.error} Retry it, with another gitUrl if need be, or '
                                       'delete it.')
-        self._refuse_unless(workspace, {STOPPED, ERROR}, 'started')
+        refuse_unless(workspace, {STOPPED, ERROR}, 'started')
         return self._set_out(workspace.id, CREATING, self._bring_up, last_activity_at=time.time())
 
     def retry(self, id_or_name, body):
@@ -153,7 +153,7 @@ class Workspaces:
         workspace = self._reachable(id_or_name)
         if workspace.status in (STOPPED, STOPPING):
             return workspace
-        self._refuse_unless(workspace, {RUNNING, ERROR} if workspace.ever_ran else {RUNNING}, 'stopped')
+        refuse_unless(workspace, {RUNNING, ERROR} if workspace.ever_ran else {RUNNING}, 'stopped')
         if workspace.type == TEMPORARY:
             return self.remove(workspace.id)[0]
         return self._set_out(workspace.id, STOPPING, self._bring_down, last_activity_at=time.time())
@@ -161,7 +161,7 @@ class Workspaces:
     def restart(self, id_or_name):
         """Stop a running workspace and start it again, with the same data, ports and container."""
         workspace = self._reachable(id_or_name)
-        self._refuse_unless(workspace, {RUNNING}, 'restarted')
+        refuse_unless(workspace, {RUNNING}, 'restarted')
         return self._set_out(workspace.id, CREATING, self._bring_down_and_up, last_activity_at=time.time())
 
     def remove(self, id_or_name, *, wait=0):
@@ -318,14 +318,14 @@ class Workspaces:
         self._still(workspace_id, CREATING, cancelled)
         before, warnings = self._state.get(workspace_id), []
         while True:
-            container_id = self._started_container(workspace_id, cancelled)
+            container_id, said = self._started_container(workspace_id, cancelled)
             if container_id == before.container_id:  # its project was prepared already, and so was told of
                 warnings = before.warnings
             workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
                                            container_id=container_id)
             self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
             start = Start(container_id, warnings,
-                          again=before.ever_ran and container_id == before.container_id)
+                          again=before.ever_ran and container_id == before.container_id, said=said)
             if self._wait_until_ready(workspace_id, start, cancelled):
                 break
             # Of a container that has just cloned, so only once.
@@ -346,11 +346,15 @@ class Workspaces:
                 self._engine.keep_running(container_id)
 
     def _started_container(self, workspace_id, cancelled):
-        """Return the id of the workspace's container, started, and made if there is none."""
-        container, workspace = self._engine.find(workspace_id), self._still(workspace_id, CREATING, cancelled)
+        """Return the id of the workspace's container, started, and made if there is none; and what it has
+        said of that."""
+        workspace = self._still(workspace_id, CREATING, cancelled)
+        container = (self._engine.inspect(workspace.container_id) if workspace_id in self._fresh
+                     else self._engine.find(workspace_id))
         if workspace.warm and not workspace.ever_ran:
-            if container is not None and self._hand_over(workspace, container, cancelled):
-                return container.id
+            said = self._hand_over(workspace, container, cancelled) if container is not None else None
+            if said is not None:
+                return container.id, said
             log.info('Workspace %s is made the cold way: its member of the pool is not to be had.',
                      workspace_id)
             self._engine.remove(workspace_id)
@@ -363,7 +367,7 @@ class Workspaces:
             if not workspace.ever_ran:  # and nobody knows what it was given
                 self._told[workspace_id] = {}
             self._engine.start(container.id, self.recipe.network(workspace))
-            return container.id
+            return container.id, b''
         if container is not None:
             # It publishes other ports, or was never started: a crash may have come before its files were in
             # it.
@@ -371,22 +375,21 @@ class Workspaces:
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)
         self._engine.bring(image, workspace.node, lambda line: self._build_output(workspace_id, line))
-        return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled)
+        return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled), b''
 
     def _hand_over(self, workspace, container, cancelled):
-        """Give a member of the pool to its owner; return False when it is none to be had. What is done twice
-        does no harm."""
+        """Give a member of the pool to its owner; return what it says to that, or None when it is none to be
+        had. What is done twice does no harm."""
         if workspace.id not in self._fresh:  # a crash came between
             self._told[workspace.id] = {}
             if self._engine.get_file(container.id, f'{SETTINGS_FOLDER}/owned'):
-                return True
+                return b''
             if workspace.has_credentials:
-                return False
+                return None
         self._fresh.discard(workspace.id)
         try:
-            labels = self.recipe.labels(workspace)
-            self._engine.create_volume(self._engine.hold_of(workspace.id), labels)
-            self._engine.rename(container.id, self.recipe.name(workspace.name))
+            self._engine.create_volume(self._engine.hold_of(workspace.id), self.recipe.labels(workspace))
+            self._engine.rename(container, self.recipe.name(workspace.name))
             with self._turns[workspace.id]:
                 workspace = self._still(workspace.id, CREATING, cancelled)
                 cpus = self.recipe.cpus_of(workspace)
@@ -395,14 +398,14 @@ class Workspaces:
                 files = self.recipe.files(workspace, self._once.get(workspace.id))
                 self._told[workspace.id] = self.recipe.files(workspace)
                 word = secrets.token_hex(16)
-                settings = self.recipe.spoken(files, word)
-            return len(settings) <= MAX_TOLD and self._engine.tell(
-                container.id, settings, self.recipe.answers(word)) > 0
+                settings, answers = self.recipe.spoken(files, word), self.recipe.answers(word)
+            said = self._engine.tell(container.id, settings, answers) if len(settings) <= MAX_TOLD else b''
+            return said if answers[0][0] in said else None
         except EngineUnavailable:
             raise
         except DockerError as error:
             log.info('Workspace %s: %s', workspace.id, error)
-            return False
+            return None
 
     def _make_container(self, workspace, image, cancelled):
         """Create the volume and a started container, on other ports if those reserved turn out to be
@@ -451,6 +454,8 @@ class Workspaces:
         while True:
             workspace = self._still(workspace_id, CREATING, cancelled)
             waited = time.monotonic() - begun
+            if start.is_up and self._probes.health(workspace, start.container_id) is not None:
+                return True  # as was heard when it was handed over
             if time.monotonic() - looked_at >= INSPECT_PAUSE:
                 container, looked_at = self._engine.inspect(start.container_id), time.monotonic()
             if container is None:
@@ -462,7 +467,6 @@ class Workspaces:
                 raise DockerError(self._probes.why_it_ended(container))
             # An answer that does not come at once is late, or the question was lost.
             if self._probes.is_ready(workspace, container, start, min(0.1 + waited / 4, PROBE_TIMEOUT)):
-                self._probes.listen(start, container)
                 return True
             self._probes.listen(start, container, pause=LISTEN_PAUSE)
             if start.crashes >= MAX_CRASHES:
@@ -578,18 +582,12 @@ class Workspaces:
     def _build_output(self, workspace_id, line):
         self._events.publish('log', workspace_id, {'stream': 'build', 'message': line})
 
-    @staticmethod
-    def _refuse_unless(workspace, statuses, done):
-        if workspace.status not in statuses:
-            raise WorkspaceNotRunning(f'Workspace {workspace.name} is {workspace.status} and cannot be '
-                                      f"{done} now; it can be when it is {' or '.join(sorted(statuses))}.")
-
     def _rename(self, workspace, name):
         self._state.rename(workspace.id, name, taken_names=self.recipe.names_of(self._engine.taken()[0]))
         try:
             container = self._engine.find(workspace.id)
             if container is not None:
-                self._engine.rename(container.id, self.recipe.name(name))
+                self._engine.rename(container, self.recipe.name(name))
         except DockerError as error:
             self._state.rename(workspace.id, workspace.name)
             if isinstance(error, ConflictOnEngine):

@@ -1,8 +1,9 @@
 """POST to ready, which is when editor and SSH both answer: cold and warm against `docker run` of the same
 image, and many at once.
 
-The half of `docker run` begins when it is called, and is probed when it has returned; a cold create is asked
-with `wait=running`, and is probed when that is answered, since who probes a container that starts slows it.
+The half of `docker run` begins when it is called, and is probed when it has returned; a create is asked with
+`wait=running`, and is probed when that is answered: who probes a container that starts slows it, and sshd of
+one that was made ahead answers before it knows its owner's key.
 All are deleted at the end: a delete slows the create after it.
 """
 import itertools
@@ -29,9 +30,8 @@ def measure(bench, section):
 class Creates:
     """Creates workspaces of a template, each under a name of its own."""
 
-    def __init__(self, server, template, prefix='made', *, path='/api/workspaces?wait=running'):
+    def __init__(self, server, template, prefix='made'):
         self.http, self._server, self._template, self._prefix = Http(server.port), server, template, prefix
-        self._path = path
         self._numbers, self.names = itertools.count(), []
         self.cold = 0  # how many did not come from the pool
 
@@ -40,7 +40,7 @@ class Creates:
         self.names.append(name := f'{self._prefix}-{next(self._numbers)}')
         begun = time.perf_counter()
         http = http or self.http
-        made = http('POST', self._path, {'name': name, 'template': self._template})
+        made = http('POST', '/api/workspaces?wait=running', {'name': name, 'template': self._template})
         wait_ready(made['codeServerPort'], made['sshPort'], pause=pause)
         self.cold += not made.get('warm')
         return (time.perf_counter() - begun) * 1000
@@ -74,7 +74,7 @@ def cold(bench, section):
 def warm(bench, section):
     for template in TEMPLATES:
         with bench.served(WARM_POOL=f'{template}:{MEMBERS}') as server:
-            create = Creates(server, template, path='/api/workspaces')
+            create = Creates(server, template)
             plain = Plain(bench, server, template)
             if template not in (create.http('GET', '/health').get('pool') or {}):
                 section.remark(f'Warm creates of {template} were not measured: this server has no pool.')

@@ -195,7 +195,7 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     expect(page.locator('#sessions li')).to_have_count(2)
     page.reload()
     expect(page.locator('.end')).to_have_count(2)
-    assert page.locator('.task-text').all_inner_texts() == ['wander about', 'plan again, in the same session']
+    expect(page.locator('.task-text')).to_have_text(['wander about', 'plan again, in the same session'])
 
 
 def test_what_an_agent_says_is_only_text(make_page, agent_server):

@@ -373,7 +373,7 @@ def test_bytes_pass_both_ways_over_a_websocket(server):
 def test_what_is_given_with_the_command_is_all_of_its_stdin(server):
     with Talk(server, ['tr', 'a', 'b'], stdin='banana') as talk:
         assert talk.end()['exitCode'] == 0 and talk.printed[1] == b'bbnbnb'
-    with Talk(server, 'cat', stdin='') as talk:
+    with Talk(server, 'cat; sleep 60', stdin='') as talk:
         talk.socket.send_binary(b'more')
         assert talk.end()['code'] == 'VALIDATION_ERROR' and talk.closed == 1007
 

@@ -192,9 +192,10 @@ def test_no_test_module_imports_another():
 
 
 def test_gevent_is_patched_before_anything_else():
-    first, second, third = MODULES[-1].tree.body[:3]
-    assert isinstance(first, ast.Expr)  # the docstring
-    assert ast.unparse(second) == 'from gevent import monkey' and ast.unparse(third) == 'monkey.patch_all()'
+    docstring, imports, _, patches = MODULES[-1].tree.body[:4]
+    assert isinstance(docstring, ast.Expr)
+    assert ast.unparse(imports) == 'from gevent import events, monkey'
+    assert ast.unparse(patches) == 'monkey.patch_all()'
 
 
 @every_module

@@ -19,6 +19,7 @@ from conftest import (
 )
 from helpers import (
     PUBLIC_KEY,
+    OwnEngine,
     delete,
     in_container,
     inspect,
@@ -81,7 +82,7 @@ setattr(OWNERS[owner], name, killing)
 # Each step of a claim, and whether a server that has lost its state file can know that there was one.
 STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush'], False),
          'held': (['Engine.create_volume', '-hold'], False), 'renamed': (['Engine.rename'], False),
-         'told': (['Engine.tell'], True), 'up': (['Probes.is_ready', "claimed'"], True),
+         'told': (['Engine.tell'], True), 'up': (['Probes.health', "claimed'"], True),
          'running': (['Workspaces._set_status', "'running'"], True), 'kept': (['Engine.keep_running'], True)}
 
 
@@ -271,7 +272,7 @@ def test_what_waits_is_looked_after(pooled, docker_client):
 
 
 def test_a_member_that_dies_unseen_costs_nobody_a_workspace(pooled, docker_client):
-    server = pooled('hears:1')
+    server = pooled('hears:1', constants={**HASTY, 'pool.LOOK_PAUSE': 10_000})
     wait_ready(server, 1)
     docker_client.api.kill(members(docker_client, server)[0])
     assert server.create('mine')['warm']
@@ -318,6 +319,37 @@ def test_without_the_setting_nothing_is_left_of_a_pool(pooled, docker_client):
     server.start()
     server.until(lambda: objects_of(docker_client, server.instance) == [])
     assert 'pool' not in server.get('/health')
+
+
+@pytest.mark.parametrize('options', [[], ['--live-restore']], ids=['plain', 'live-restore'])
+def test_the_engine_may_die_while_members_wait(options, pooled, network, tmp_path):
+    engine = OwnEngine(tmp_path, network, *options).start()
+    try:
+        server = pooled('hears:1', network=network, DOCKER_HOST=f'unix://{engine.socket}')
+        wait_ready(server, 1)
+        assert server.create('before', env={'MY': 'own'})['warm']
+        made = server.wait_status('before', 'running')
+        wait_ready(server, 1)
+        waiting, = members(engine.client, server)
+        engine.end(9)
+        server.until(lambda: server.get('/health')['docker'] == 'disconnected', 15)
+        assert server.call('POST', '/api/workspaces', {'name': 'between'}).status_code == 503
+        engine.start()
+        server.until(lambda: server.get('/health')['docker'] == 'connected', 20)
+        if not options:  # those that waited have ended, and others take their place
+            server.until(lambda: members(engine.client, server) not in ([], [waiting]))
+        wait_ready(server, 1)
+        assert server.create('after', env={'MY': 'new'})['warm']
+        server.wait_status('after', 'running')
+        if server.get('/api/workspaces/before')['status'] == 'stopped':
+            verb(server, 'before', 'start')
+        assert server.wait_status('before', 'running')['id'] == made['id']
+        for name, value in (('before', 'own'), ('after', 'new')):
+            assert in_container(engine.client, server, name, 'echo $MY') == value
+        wait_ready(server, 1)
+        assert len([name for name in objects_of(engine.client, server.instance) if name.startswith('/')]) == 3
+    finally:
+        engine.close()
 
 
 def claim_and_die(server, step):

@@ -1,6 +1,8 @@
 """The pages that show the API, in a real browser."""
+import contextlib
 import re
 
+import playwright.sync_api
 import pytest
 from browsing import pages_of, visit
 from contract import FRAME
@@ -11,10 +13,15 @@ from agentbackend import ROUTES
 
 @pytest.fixture(scope='module')
 def page(browser, server):
-    """The reference, whose making takes a browser seconds."""
+    """The reference. Its making takes a browser seconds, and a minute on a busy machine; a browser that has
+    given up one of its files shows nothing."""
     with pages_of(browser) as make_page:
         page = make_page(viewport={'width': 1400, 'height': 900})
-        visit(page, 'openapi', server)
+        for _ in range(3):
+            visit(page, 'openapi', server)
+            with contextlib.suppress(playwright.sync_api.Error):
+                page.locator('button', has_text='(get /health)').wait_for(timeout=60_000)
+                break
         yield page
 
 

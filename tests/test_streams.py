@@ -638,7 +638,7 @@ def test_readers_that_take_more_than_line_ends_for_one_get_every_event_whole(ser
 
 @both
 def test_a_stalled_reader_delays_nobody_and_costs_little_and_loses_nothing(make_server, docker_client, kind):
-    server = make_server(**EXACT_SIZE)
+    server = make_server(constants={'wire.SEND_TIMEOUT': 120}, **EXACT_SIZE)
     talker = listening(server, 'talker')
 
     def flood(bursts):
