@@ -92,10 +92,11 @@ class Probes:
         return True
 
     @staticmethod
-    def pause(container, waited):
+    def pause(container, waited, number):
         """Return the seconds until the next look at a container that starts since `waited` seconds: a
-        twentieth of that. Where a look runs a command inside, it is not taken so often."""
-        return min(max(0.02 if container.labels.get(HEARS) else 0.1, waited / 20), 0.5)
+        twentieth of that, and longer beside others, `number` in all. Where a look runs a command inside, it
+        is not taken so often."""
+        return min(max((0.02 if container.labels.get(HEARS) else 0.1) * number, waited / 20), 0.5)
 
     def health(self, workspace, container_id, timeout=PROBE_TIMEOUT):
         """Return the body of code-server's /healthz, or None when it does not answer within some seconds."""

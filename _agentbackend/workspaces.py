@@ -476,7 +476,7 @@ class Workspaces:
                 raise DockerError('The workspace did not answer within '
                                   f'READY_TIMEOUT={self._config.ready_timeout} s. '
                                   f'It printed last: {self._probes.last_words(container)}')
-            cancelled.wait(self._probes.pause(container, waited))
+            cancelled.wait(self._probes.pause(container, waited, len(self._jobs)))
 
     def _publish_ports(self, workspace_id, ports):
         """Let the next container of a workspace publish more ports, as far as there are any."""

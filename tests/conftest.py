@@ -44,7 +44,7 @@ LOCKS = []  # files that are locked as long as this run goes on
 TINY_DOCKERFILE = """\
 # A static shell that answers as a workspace does.
 FROM scratch
-LABEL agentbackend.test={test}
+LABEL agentbackend.test={test} agentbackend.settings=stdin
 COPY busybox /bin/busybox
 COPY entry banner /bin/
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
@@ -53,8 +53,16 @@ ENTRYPOINT ["/bin/entry"]
 TINY_ENTRY = """\
 #!/bin/busybox sh
 trap 'exit 0' TERM
-[ ! -f /etc/agentbackend/env ] || . /etc/agentbackend/env
-mkdir -p /www "$PROJECT_DIR"
+settings=/etc/agentbackend
+mkdir -p $settings /www
+if [ "$WORKSPACE_SETTINGS" = stdin ] && [ ! -e $settings/owned ] && read -r word length; then
+    echo "$word" >$settings/taken
+    head -c "$length" | tar -x -C /
+    echo "$word" >$settings/owned
+fi
+exec </dev/null
+[ ! -f $settings/env ] || . $settings/env
+mkdir -p "$PROJECT_DIR"
 [ -z "$CLONE_FAILS" ] || { echo "fatal: $CLONE_FAILS" >&2; exit 65; }
 [ -z "$CRASH" ] || { echo "crashing as told" >&2; exit "$CRASH"; }
 [ -z "$SLOW" ] || sleep "$SLOW"
@@ -62,7 +70,8 @@ for n in $CLONES; do echo "workspace: clone: Receiving objects: $n%"; sleep 1; d
 echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
 httpd -p 8443 -h /www
 nc -ll -p 2222 -e /bin/banner &
-echo "tiny is up"
+until grep -q ':08AE [0-9A-F]*:0000 0A' /proc/net/tcp /proc/net/tcp6 2>/dev/null; do usleep 10000; done
+echo "workspace: started in tiny"
 [ -z "$PRINT" ] || eval "$PRINT"
 while :; do sleep 1000 & wait $!; done
 """
@@ -86,17 +95,23 @@ RUN useradd --uid 1000 --user-group --create-home dev
 AGENTS_DOCKERFILE = """\
 # It answers as a workspace does.
 FROM {image}
-LABEL agentbackend.test={test}
+LABEL agentbackend.test={test} agentbackend.settings=stdin
 COPY busybox entry banner /usr/local/bin/
 RUN ln -s /usr/local/bin/busybox /bin/busybox
 ENTRYPOINT ["/usr/local/bin/entry"]
 """
 AGENTS_ENTRY = """\
 #!/bin/sh
+if [ "$WORKSPACE_SETTINGS" = stdin ] && [ ! -e /etc/agentbackend/owned ] && read -r word length; then
+    busybox head -c "$length" | busybox tar -x -C /
+    echo "$word" >/etc/agentbackend/owned
+fi
+exec </dev/null
 mkdir -p /www "$PROJECT_DIR" && chown -R dev "$WORKSPACE_BASE_PATH"
 echo '{"status":"alive","lastHeartbeat":0}' >/www/healthz
 busybox httpd -p 8443 -h /www
 busybox nc -ll -p 2222 -e /usr/local/bin/banner &
+echo "workspace: started in $PROJECT_DIR"
 trap 'exit 0' TERM
 while :; do sleep 1000 & wait $!; done
 """

@@ -148,7 +148,7 @@ def test_an_event_source_hears_a_workspace_and_goes_on_after_a_crash_of_the_serv
     had = len(browser.do('evaluate', code='lines'))
     server.until(lambda: len(browser.do('evaluate', code='lines')) > had + 50, 15)
     lines = browser.do('evaluate', code='source.close(), lines')
-    assert lines == ['tiny is up'] + [f'line {number}' for number in range(len(lines) - 1)]
+    assert lines == ['workspace: started in tiny'] + [f'line {number}' for number in range(len(lines) - 1)]
 
 
 @pytest.mark.parametrize('runtime', ['bun', 'node'])

@@ -86,7 +86,7 @@ def test_a_log_of_many_lines_stays_quick(make_page, server, docker_client):
                                  'i=$((i+1)); echo "line $i of the flood"; done; echo the end'})
     page = make_page()
     open_dashboard(page, server, '#/w/' + server.get('/api/workspaces/flood')['id'])
-    expect(page.locator('#log')).to_contain_text('tiny is up')
+    expect(page.locator('#log')).to_contain_text('workspace: started in tiny')
     page.evaluate("""() => { window.longest = 0;
         new PerformanceObserver((list) => {
             for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration);
@@ -128,7 +128,7 @@ def test_older_lines_are_loaded_and_the_whole_log_is_downloaded(served, make_pag
     expect(page.locator('#log-count')).to_have_text('5,013 lines')
     expect(page.locator('#log-older')).to_be_hidden()
     shown = page.locator('#log .line > span').all_text_contents()
-    assert shown == ['tiny is up', *[f'line {number}' for number in range(1, 5013)]]
+    assert shown == ['workspace: started in tiny', *[f'line {number}' for number in range(1, 5013)]]
     with page.expect_download() as downloaded:
         page.click('#log-download')
     assert downloaded.value.suggested_filename == 'long.log'

@@ -404,7 +404,7 @@ def test_a_clone_that_makes_progress_may_take_longer_than_the_limit_and_tells_it
     server.create('long', env={'CLONES': '0 10 20 30 40 50 60 70 80 90 100'})
     assert server.wait_status('long', 'running', 'error', timeout=90)['status'] == 'running'
     with Sse(server, '/api/workspaces/long/events') as stream:
-        told = messages_until(stream, has_text('tiny is up'))
+        told = messages_until(stream, has_text('workspace: started in tiny'))
     assert [event['data'] for event in told if event['type'] == 'progress'] == [
         {'phase': 'clone', 'step': percent, 'total': 100, 'message': f'Receiving objects: {percent}%'}
         for percent in range(0, 101, 10)]
@@ -626,6 +626,27 @@ def test_a_build_that_fails_tells_its_last_lines_and_an_edit_mends_it(
     server.running('built', template='broken')
     template = server.get('/health')['templates']['broken']
     assert template['state'] == 'ready' and 'error' not in template
+
+
+def test_an_image_that_does_not_take_its_settings_over_stdin_does_as_well(
+        own_templates, make_server, docker_client):
+    folder, add_template = own_templates
+    add_template('mute', 'LABEL agentbackend.settings=')
+    server = make_server(TEMPLATES_DIR=str(folder))
+    made = server.create('mine', template='mute', env={'MY': 'own'}, sshPublicKeys=[PUBLIC_KEY])
+    server.wait_status('mine', 'running')
+    assert 'WORKSPACE_SETTINGS=stdin' not in inspect(docker_client, server, 'mine')['Config']['Env']
+    assert in_container(docker_client, server, 'mine', 'echo $MY') == 'own'
+    keys = in_container(docker_client, server, 'mine', 'cat /etc/agentbackend/authorized_keys')
+    assert keys == PUBLIC_KEY
+    patch(server, 'mine', env={'MY': 'other'})
+    verb(server, 'mine', 'restart')
+    server.wait_status('mine', 'running')
+    assert in_container(docker_client, server, 'mine', 'echo $MY') == 'other'
+    server.create('deaf', template='mute', env={'CRASH': '3'})
+    assert 'crashing as told' in server.wait_status('deaf', 'error')['error']
+    delete(server, 'mine')
+    assert left_of(docker_client, server, made) == ([], [])
 
 
 def test_an_edit_of_a_template_makes_a_new_image_and_leaves_old_workspaces_alone(

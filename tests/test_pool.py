@@ -87,16 +87,17 @@ STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush']
 
 
 def write_hearing(folder, name, test, pause=0):
-    """Write a tiny template whose entrypoint takes its settings over stdin, and takes its time for it."""
-    write_template(folder, name, test, ['LABEL agentbackend.settings=stdin'])
+    """Write a tiny template that waits for its owner as that of templates/base does, and takes its time for
+    what it is told."""
+    write_template(folder, name, test)
     (folder / name / 'entry').write_text(HEARING_ENTRY.replace('sleep 0', f'sleep {pause}'))
 
 
 @pytest.fixture(scope='module')
 def hearing(tmp_path_factory, layers):
-    """A folder with the templates `tiny` and `hears`, whose images are built once."""
+    """A folder with the templates `mute` and `hears`, whose images are built once."""
     folder = tmp_path_factory.mktemp('hearing')
-    write_template(folder, 'tiny', layers)
+    write_template(folder, 'mute', layers, ['LABEL agentbackend.settings='])
     write_hearing(folder, 'hears', layers)
     return folder
 
@@ -187,7 +188,7 @@ def test_many_creates_at_once_each_have_a_member_of_their_own(pooled, docker_cli
 
 
 @pytest.mark.parametrize('fields', [{'ports': [3000]}, {'ssh': False}, {'type': 'agent'},
-                                    {'template': 'tiny'},
+                                    {'template': 'mute'},
                                     {'env': {'ONE': 'x' * 30_000, 'TWO': 'x' * 30_000}}],
                          ids=lambda fields: '-'.join(fields))
 def test_what_no_member_can_be_is_made_the_cold_way(fields, pooled, docker_client):
@@ -295,15 +296,15 @@ def test_full_ranges_give_members_up_before_a_user_is_refused(pooled, docker_cli
 
 
 @pytest.mark.parametrize(('kind', 'said'), [('nothing', 'template is "nothing", but known are'),
-                                            ('tiny', 'does not take its settings over stdin'),
+                                            ('mute', 'does not take its settings over stdin'),
                                             ('hears', 'memory holds no more')])
 def test_what_keeps_a_pool_empty_is_said(kind, said, pooled):
     room = 2**50 if kind == 'hears' else 2**20  # what a container is counted with: more than any machine has
-    server = pooled(f'{kind}:1', PREBUILD='tiny' if kind == 'tiny' else 'hears',
+    server = pooled(f'{kind}:1', PREBUILD='mute' if kind == 'mute' else 'hears',
                     constants={**HASTY, 'pool.ROOM': room})
     server.until(lambda: said in (pool_of(server, kind)['error'] or ''), 40)
     assert server.get('/health')['status'] == 'healthy'
-    server.create('works', template='tiny')
+    server.create('works', template='mute')
     server.wait_status('works', 'running')
 
 

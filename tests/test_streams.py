@@ -64,7 +64,7 @@ def both_of(stream, status):
     """Return what comes until a container has said that it is up, and its workspace has a status, whichever
     is first."""
     found = []
-    while 'tiny is up' not in texts(found) or status not in statuses(found):
+    while 'workspace: started in tiny' not in texts(found) or status not in statuses(found):
         found.append(next_of(stream))
     return found
 
@@ -175,7 +175,7 @@ def test_both_streams_are_told_apart(server, docker_client, kind):
     with follow(server, kind, f'apart-{kind}') as stream:
         lines = {message['data']['message']: message['data']['stream'] for message in next_of(stream, 4)
                  if message['type'] == 'log'}
-    assert lines == {'tiny is up': 'stdout', 'to err': 'stderr', 'last': 'stdout'}
+    assert lines == {'workspace: started in tiny': 'stdout', 'to err': 'stderr', 'last': 'stdout'}
 
 
 def test_a_name_will_do_and_the_messages_have_the_id(server, printer):
@@ -293,7 +293,7 @@ def test_who_follows_everything_and_one_is_told_each_status_once(server):
     server.running('once')
     with subscribed(server, '*') as stream:
         stream.send(type='subscribe', workspaceId='once', tail=1)
-        messages_until(stream, has_text('tiny is up'))
+        messages_until(stream, has_text('workspace: started in tiny'))
         server.call('POST', '/api/workspaces/once/stop')
         found = messages_until(stream, is_status('stopped'))
         stream.send(type='ping')
@@ -394,7 +394,8 @@ def test_the_log_as_plain_text(server, printer):
     path = '/api/workspaces/printer/logs'
     answer = server.call('GET', path)
     assert answer.headers['Content-Type'] == 'text/plain; charset=utf-8'
-    assert answer.text.splitlines() == ['tiny is up'] + [f'line {number}' for number in range(250)]
+    lines = [f'line {number}' for number in range(250)]
+    assert answer.text.splitlines() == ['workspace: started in tiny', *lines]
     assert server.call('GET', f'{path}?tail=2').text == 'line 248\nline 249\n'
     assert server.call('GET', f'{path}?tail=0').text == ''
     with events(server, printer, '?tail=2') as stream:
@@ -473,7 +474,7 @@ def test_one_subscription_goes_on_through_restarts_and_new_containers(server, do
     name = f'reborn-{kind}'
     made = server.running(name)
     with follow(server, kind, name, tail=100) as stream:
-        assert texts(next_of(stream, 2)) == ['tiny is up']
+        assert texts(next_of(stream, 2)) == ['workspace: started in tiny']
         server.call('POST', f'/api/workspaces/{name}/restart')
         first = both_of(stream, 'running')
         server.call('POST', f'/api/workspaces/{name}/stop')
@@ -481,16 +482,16 @@ def test_one_subscription_goes_on_through_restarts_and_new_containers(server, do
         server.call('POST', f'/api/workspaces/{name}/start')
         second += both_of(stream, 'running')
         docker_client.api.restart(made['containerId'], timeout=1)
-        third = messages_until(stream, has_text('tiny is up'))
+        third = messages_until(stream, has_text('workspace: started in tiny'))
         server.wait_status(name, 'running')
         docker_client.api.remove_container(made['containerId'], force=True)
         third += messages_until(stream, is_status('stopped'))
         server.call('POST', f'/api/workspaces/{name}/start')
         fourth = both_of(stream, 'running')
-    assert texts(first) == ['tiny is up'] and statuses(first) == ['creating', 'running']
-    assert texts(second) == ['tiny is up']
+    assert texts(first) == ['workspace: started in tiny'] and statuses(first) == ['creating', 'running']
+    assert texts(second) == ['workspace: started in tiny']
     assert statuses(second) == ['stopping', 'stopped', 'creating', 'running']
-    assert texts(third) == ['tiny is up']
+    assert texts(third) == ['workspace: started in tiny']
     assert statuses(fourth)[0] == 'creating' and statuses(fourth)[-1] == 'running'
 
 
@@ -498,7 +499,7 @@ def test_one_subscription_goes_on_through_restarts_and_new_containers(server, do
 def test_deletion_is_the_last_that_is_told(server, kind):
     server.running(f'gone-{kind}')
     with follow(server, kind, f'gone-{kind}') as stream:
-        messages_until(stream, has_text('tiny is up'))
+        messages_until(stream, has_text('workspace: started in tiny'))
         server.call('DELETE', f'/api/workspaces/gone-{kind}')
         last = messages_until(stream, lambda message: message['data'].get('deleted'))
         assert [message['data'] for message in last
@@ -584,15 +585,16 @@ def test_a_container_with_a_terminal_is_followed_too(server, docker_client):
     printing = "PRINT=echo one; printf 'two\\rover\\n'; echo three >&2; sleep 1; echo four"
     published = {'8443/tcp': ('127.0.0.1', made['codeServerPort']),
                  '2222/tcp': ('127.0.0.1', made['sshPort'])}
+    environment = set(inspected['Config']['Env']) - {'WORKSPACE_SETTINGS=stdin'}  # nobody will say them
     own = docker_client.api.create_container(
         inspected['Image'], name=f'{server.instance}-tty', labels=inspected['Config']['Labels'], tty=True,
-        environment=[*inspected['Config']['Env'], printing], ports=[8443, 2222],
+        environment=[*environment, printing], ports=[8443, 2222],
         host_config=same_mounts(docker_client, inspected, port_bindings=published))
     docker_client.api.start(own['Id'])
     for kind in ('sse', 'ws'):
         with follow(server, kind, 'tty', tail=100) as stream:
             told = messages_until(stream, has_text('four'))
-        assert texts(told) == ['tiny is up', 'one', 'two\rover', 'three', 'four']
+        assert texts(told) == ['workspace: started in tiny', 'one', 'two\rover', 'three', 'four']
         with follow(server, kind, 'tty', after=told[-2]['id']) as stream:
             assert texts(messages_until(stream, has_text('four'))) == ['four']
 

@@ -144,7 +144,8 @@ def test_the_container_printed_all_that_it_should(followed):
     """What an engine loses by dying is not ours to tell; it must be next to nothing for the other tests to
     mean something."""
     _, truth, _ = followed
-    assert truth['stdout'][0] == 'tiny is up' and truth['stdout'][-1] == truth['stderr'][-1] == 'done'
+    assert truth['stdout'][0] == 'workspace: started in tiny'
+    assert truth['stdout'][-1] == truth['stderr'][-1] == 'done'
     for name in ('stdout', 'stderr'):
         numbers = [int(line.split()[1]) for line in truth[name] if line.startswith(name[3:])]
         assert numbers == sorted(set(numbers)) and len(numbers) > COUNT * 0.99

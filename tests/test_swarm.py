@@ -106,7 +106,7 @@ def test_six_at_once_are_two_on_each(serve, machines):
         bound = container['HostConfig']['PortBindings']['8443/tcp'][0]
         assert bound == {'HostIp': machine.address, 'HostPort': str(item['codeServerPort'])}
         assert server.until(lambda item=item: server.get(f"/api/workspaces/{item['id']}")['resources'])
-        assert server.call('GET', f"/api/workspaces/{item['id']}/logs").text == 'tiny is up\n'
+        assert server.call('GET', f"/api/workspaces/{item['id']}/logs").text == 'workspace: started in tiny\n'
     for node in nodes(server).values():
         assert node['workspaces'] == 2 and node['memory']['promised'] == 2 * 4 * 2**30
         assert [name.partition(':')[0] for name in node['images']] == ['agentbackend/tiny']
