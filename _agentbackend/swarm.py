@@ -115,6 +115,7 @@ class Nodes:
         self._nodes = {}  # name -> Node
         self._where = {}  # id of a container -> name of its node
         self._news, self._told = gevent.event.Event(), {}  # what changed, in its order
+        self._is_followed = False  # somebody has asked what there is, and will ask what changes
         self._listed = gevent.event.Event()  # the list was asked for, and its nodes too
         self._listing, self._why, self._claims_it = None, '', True
         self._looking = gevent.lock.BoundedSemaphore(1)  # the managers are asked in turn
@@ -347,8 +348,12 @@ class Nodes:
 
     def info(self):
         """Return {cpus, memory, time} of all nodes; each has a clock of its own."""
-        return {'cpus': sum(node.facts['NCPU'] for node in self.ready()),
-                'memory': sum(node.memory for node in self.ready()), 'time': 0}
+        ready = self.ready()
+        if not self._is_followed:  # what is listed next is newer than what was told so far
+            self._is_followed = True
+            self._told.clear()
+        return {'cpus': sum(node.facts['NCPU'] for node in ready),
+                'memory': sum(node.memory for node in ready), 'time': 0}
 
     def cpus(self, node=''):
         """Return how many cores a node has, or the most that one has."""
