@@ -116,8 +116,8 @@ def grow(section, server, clients, counts, on):
         for what, (values, unit) in found.items():
             grown.setdefault(what, {})[count] = percentile(values, 0.5)
             theirs = first.setdefault(what, values)
-            section.compare(f'{what}, {count:,} running on {on}', values, 'the first row of it', theirs, unit=unit,
-                            head=count == counts[-1] and what in ('create', 'list'))
+            section.compare(f'{what}, {count:,} running on {on}', values, 'the first row of it', theirs,
+                            unit=unit, head=count == counts[-1] and what in ('create', 'list'))
     return grown
 
 

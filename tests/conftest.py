@@ -37,7 +37,8 @@ BASE_IMAGE = pytest.StashKey()  # the greenlet that has it built
 PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
 # Files that take longer than their size tells.
 LONG = ('test_adoption.py', 'test_agents_exact.py', 'test_accessibility.py', 'test_streams_exact.py',
-        'test_reference.py', 'test_pool.py', 'test_swarm.py', 'test_templates.py', 'test_shells.py')
+        'test_reference.py', 'test_pool.py', 'test_swarm.py', 'test_swarm_list.py',
+        'test_templates.py', 'test_shells.py', 'test_three_machines.py')
 LOCKS = []  # files that are locked as long as this run goes on
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.

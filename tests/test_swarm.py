@@ -1,6 +1,5 @@
 """Workspaces on three machines, of which one may be cut off, crash, or lose its power."""
 import collections
-import contextlib
 import json
 import os
 import signal
@@ -8,45 +7,29 @@ import subprocess
 import sys
 import time
 
-import docker
 import gevent
 import pytest
-import requests
 from agents import begin, ended, transcript
 from browsing import open_dashboard
 from conftest import objects_of
-from helpers import delete, verb, wait_gone
+from helpers import all_ready, delete, nodes, refusal, verb, wait_gone
 from machines import SSHD, make_ssh
 from playwright.sync_api import expect
 from streaming import Sse, receive, send
 
 LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
           'off': lambda machine: machine.off()}
-# Seconds that a node is away at least, or drained; a minute is more than any connection lives through.
+# Seconds that a node is away at least; a minute is more than any connection lives through.
 AWAY = float(os.environ.get('AWAY', '0'))
 # A program that is none of ours, on a port.
 LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
           "print('there', flush=True); time.sleep(60)")
 
 
-def nodes(server):
-    return {node['name']: node for node in server.get('/api/nodes')}
-
-
 def create_at_once(server, *bodies):
     """Ask for workspaces all at once, and return their objects or errors."""
     calls = [send(server, 'POST', '/api/workspaces', body) for body in bodies]
     return [answer.get('data', answer) for _, answer in map(receive, calls)]
-
-
-def all_ready(server):
-    return all(node['state'] == 'ready' for node in nodes(server).values())
-
-
-def refusal(server, **body):
-    """Return (status, code, error) of a workspace that is not made."""
-    answer = server.call('POST', '/api/workspaces', body)
-    return answer.status_code, answer.json().get('code'), answer.json().get('error')
 
 
 def test_six_at_once_are_two_on_each(serve, machines):
@@ -195,124 +178,7 @@ def check_back(server, made, lost, loss):
     assert objects_of(lost.client, server.instance) == []
 
 
-# The list of nodes of a swarm
-
-
-@pytest.fixture(scope='module')
-def swarm(machines):
-    machines.swarm()
-    return machines
-
-
-def through_swarm(serve, swarm, **settings):
-    managers = ','.join(machine.address for machine in swarm.all)
-    server = serve(DOCKER_HOST=f'swarm://{managers}', NODE_ENGINES='tcp://{address}:2376', **settings)
-    server.until(lambda: set(nodes(server)) == {'n1', 'n2', 'n3'} and all_ready(server))
-    return server
-
-
-def set_node(machine, name, **changes):
-    """Change a node of the swarm, as docker node update does."""
-    node = next(node for node in machine.client.nodes.list() if node.attrs['Description']['Hostname'] == name)
-    node.update(node.attrs['Spec'] | changes)
-
-
-def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm):
-    set_node(swarm[1], 'n3', Labels={'disk': 'ssd', 'agentbackend.host': swarm[3].address})
-    server = through_swarm(serve, swarm)
-    fast = server.running('fast', constraints={'disk': 'ssd'})
-    assert fast['node'] == 'n3' and f'//{swarm[3].address}:' in fast['codeServerUrl']
-    others = [server.running(kind, type=kind, node='n3') for kind in ('temporary', 'agent')]
-    status, code, error = refusal(server, name='slow', constraints={'disk': 'hdd'})
-    assert (status, code) == (503, 'NO_ROOM') and 'n1 is not disk=hdd' in error
-    set_node(swarm[1], 'n3', Availability='drain')
-    server.until(lambda: nodes(server)['n3']['availability'] == 'drain')
-    status, code, error = refusal(server, name='more', constraints={'disk': 'ssd'})
-    assert (status, code) == (503, 'NO_ROOM') and 'n3 is set to drain' in error
-    time.sleep(AWAY)
-    verb(server, 'fast', 'restart')  # it keeps what it has
-    for workspace in (fast, *others):
-        found = server.wait_status(workspace['id'], 'running')
-        assert (found['containerId'], found['error']) == (workspace['containerId'], None)
-    set_node(swarm[1], 'n3', Availability='active')
-    set_node(swarm[1], 'n2', Labels={'agentbackend': 'no'})
-
-    def is_refused():
-        status, _, error = refusal(server, name='unwanted', node='n2')
-        if status == 201:
-            delete(server, 'unwanted')
-        return status == 503 and 'agentbackend=no' in error
-    server.until(is_refused)
-    set_node(swarm[1], 'n2', Labels={})
-
-
-def has_leader(machine):
-    """Return whether a manager has one."""
-    with contextlib.suppress(docker.errors.APIError, requests.RequestException):
-        return machine.client.api.nodes(filters={'role': 'manager'})
-
-
-def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
-    server = through_swarm(serve, swarm)
-    leader = next(machine for machine in swarm.all if any(
-        node.attrs['Description']['Hostname'] == machine.name and node.attrs['ManagerStatus'].get('Leader')
-        for node in swarm[1].client.nodes.list()))
-    others = [machine for machine in swarm.all if machine is not leader]
-    made = [server.running(f'on-{machine.name}', node=machine.name) for machine in swarm.all]
-    leader.off()
-    server.until(lambda: nodes(server)[leader.name]['state'] == 'down')
-    for workspace, machine in zip(made, swarm.all, strict=True):
-        verb(server, workspace['id'], 'restart', 503 if machine is leader else 202)
-    begun = time.monotonic()
-    assert server.running('meanwhile')['node'] in [machine.name for machine in others]
-    assert time.monotonic() - begun < 15, 'it waited for a new leader'
-    # One of three managers is too few.
-    last, gone = others
-    gone.off()
-    server.until(lambda: 'No manager names the nodes' in str(server.get('/health')['problems']), 60)
-    assert {name: node['state'] for name, node in nodes(server).items()} == {
-        leader.name: 'down', gone.name: 'down', last.name: 'ready'}
-    living = f'on-{last.name}'
-    said = server.call('GET', f'/api/workspaces/{living}/logs')
-    assert said.text.startswith('tiny is up\n')
-    verb(server, living, 'restart')
-    server.wait_status(living, 'running')
-    begun = time.monotonic()
-    assert server.running('alone')['node'] == last.name
-    assert time.monotonic() - begun < 15, 'it waited for a manager'
-    assert refusal(server, name='away', node=gone.name)[:2] == (503, 'NO_ROOM')
-    gevent.joinall([gevent.spawn(machine.start) for machine in (leader, gone)], raise_error=True)
-    server.until(lambda: has_leader(last), 60)
-    begun = time.monotonic()
-    server.until(lambda: all_ready(server) and not server.get('/health').get('problems'))
-    for machine in swarm.all:
-        server.running(f'again-{machine.name}', node=machine.name)
-    assert time.monotonic() - begun < 10
-    for workspace in made:
-        if server.get(f"/api/workspaces/{workspace['id']}")['status'] == 'stopped':
-            verb(server, workspace['id'], 'start')
-        server.wait_status(workspace['id'], 'running')
-    assert 'Traceback' not in server.log.read_text()
-
-
-def test_a_manager_that_is_none_is_told(serve):
-    server = serve(DOCKER_HOST='swarm:///var/run/docker.sock', connected=False)
-    problem = server.until(lambda: server.get('/health')['problems'])[0]
-    assert 'is no manager of a swarm' in problem and server.get('/health')['docker'] == 'disconnected'
-    assert server.get('/api/nodes') == []
-
-
-def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_states_of_that_node(
-        serve, machines):
-    urls = f'{machines[1].url},{machines[1].socket},tcp://{machines[2].address}:2377,{machines[3].url}'
-    server = serve(DOCKER_HOST=urls)
-    found = nodes(server)
-    states = [node['state'] for node in found.values()]
-    assert sorted(states) == ['down', 'down', 'ready', 'ready'] and len(found) == 4
-    errors = ' '.join(node['error'] or '' for node in found.values())
-    assert 'It is the same engine as that of node' in errors and ':2377' in errors
-    server.running('anyway')
-
+# What is shown
 
 def test_the_dashboard_names_the_node(serve, machines, make_page):
     # A browser reaches no other network, and what is on those machines is not ready for one here.
@@ -376,7 +242,7 @@ def test_a_server_that_is_killed_knows_the_same_though_a_node_is_away(serve, mac
 
 # A task
 
-def test_a_task_goes_on_though_its_node_is_cut_off(serve, machines, agents_template):
+def test_a_task_goes_on_though_its_node_is_cut_off_and_ends_with_its_power(serve, machines, agents_template):
     folder, base = agents_template
     count = int(60 + 5 * AWAY)
     step = '{\\"type\\":\\"message\\",\\"data\\":{\\"message\\":\\"$n\\"}}'
@@ -402,6 +268,13 @@ def test_a_task_goes_on_though_its_node_is_cut_off(serve, machines, agents_templ
     events = transcript(server, 'counted')
     numbers = [event['data']['message'] for event in events if event['type'] == 'message']
     assert numbers == [str(number + 1) for number in range(count)]
+    begin(server, 'count', sessionId='lost')
+    machines[1].off()
+    server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
+    assert server.get('/api/agent/sessions/lost')['state'] == 'running'
+    time.sleep(AWAY)
+    machines[1].start()
+    assert ended(server, 'lost')['state'] == 'failed'
 
 
 # An engine behind ssh
