@@ -160,12 +160,17 @@ serve() {
     see_to_port
     make_venv
     # What is missing comes while the server is there already; it waits for the image.
-    if engine_answers; then
-        say "the Docker engine answers"
-    else
-        say "no Docker engine answers yet; the server starts, and sees it when it is there"
-    fi
-    { see_to_engine && see_to_base_image; } &
+    case "${DOCKER_HOST:-}" in
+        swarm://* | ssh://* | *,*)
+            say "the server sees which of the engines of DOCKER_HOST answer" ;;
+        *)
+            if engine_answers; then
+                say "the Docker engine answers"
+            else
+                say "no Docker engine answers yet; the server starts, and sees it when it is there"
+            fi
+            { see_to_engine && see_to_base_image; } & ;;
+    esac
     BASE_IMAGE_TIMEOUT=${BASE_IMAGE_TIMEOUT:-600} exec .venv/bin/agentbackend
 }
 

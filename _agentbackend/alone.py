@@ -15,6 +15,11 @@ class Alone:
         """Return where the published ports of a node are reached, '' for where the settings say."""
         return ''
 
+    def is_bound(self, container, address):
+        """Return whether the ports of a container are published where those of a new one would be, as far as
+        that matters: one engine keeps what was made before the settings changed."""
+        return True
+
     def health(self):
         """Return ({total, ready} of several nodes or None, what is wrong with them in words); never waits."""
         return None, []

@@ -272,6 +272,7 @@ class Container:
     ports: frozenset = frozenset()  # of the host, on which something of it is published
     node: str = ''  # on which it is, where there are several
     restarts: bool = False  # by itself, after a crash
+    addresses: frozenset = frozenset()  # of the host, at which its ports are published
 
     @property
     def up(self):
@@ -292,6 +293,7 @@ class Container:
 def container_of(found, node):
     """Return what an inspect says as a Container."""
     state, limits, config = found['State'], found['HostConfig'], found['Config']
+    published = [item for items in (limits.get('PortBindings') or {}).values() for item in items or ()]
     return Container(
         id=found['Id'], name=found['Name'].lstrip('/'), labels=config['Labels'] or {}, state=state['Status'],
         started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
@@ -300,9 +302,8 @@ def container_of(found, node):
         cpus=(limits.get('NanoCpus') or 0) / 1e9, image=found.get('Image', ''), node=node,
         restarts=(limits.get('RestartPolicy') or {}).get('Name') not in (None, '', 'no'),
         volumes=tuple(mount['Name'] for mount in found.get('Mounts') or () if mount.get('Type') == 'volume'),
-        ports=frozenset(int(binding['HostPort'])
-                        for bindings in (limits.get('PortBindings') or {}).values()
-                        for binding in bindings or () if binding.get('HostPort')))
+        ports=frozenset(int(item['HostPort']) for item in published if item.get('HostPort')),
+        addresses=frozenset(item.get('HostIp', '') for item in published))
 
 
 def measure(sample):

@@ -174,7 +174,7 @@ class Engine(Alone):
                    if item['Labels'].get(f'{PREFIX}.instance') == self.instance}
         ids = {item[f'{PREFIX}.id'] for name, item in volumes.items()
                if name == self.volume_of(item.get(f'{PREFIX}.id'))}
-        containers = {item.labels[f'{PREFIX}.id']: item for item in self._ours()}
+        containers = {item.labels[f'{PREFIX}.id']: item for item in self._ours(MEMBER)}
         found = {key: (item, self._is_volume(self.hold_of(key), key)) for key, item in containers.items()
                  if self._waits(item)}
         return found | {key: (None, False) for key in ids - containers.keys()

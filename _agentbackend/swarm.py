@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import gevent
 import gevent.event
+import gevent.lock
 
 from _agentbackend.claim import Claim
 from _agentbackend.config import NODE_ADDRESS
@@ -31,6 +32,7 @@ log = logging.getLogger('agentbackend')
 PING_PAUSE = 1  # seconds between looks at a node
 RETRY_PAUSE = 1  # seconds until one that did not answer is asked again
 LIST_PAUSE = 2  # seconds between looks at the list of nodes
+LOOK_TIME = 1  # seconds that one waits for it who asks for a workspace
 TELL_PAUSE = 3  # seconds between two lines about an image on its way
 JOIN_TIME = 15  # seconds; the claim of a server that is gone is waited for
 
@@ -113,8 +115,10 @@ class Nodes:
         self._nodes = {}  # name -> Node
         self._where = {}  # id of a container -> name of its node
         self._news, self._told = gevent.event.Event(), {}  # what changed, in its order
+        self._is_followed = False  # somebody has asked what there is, and will ask what changes
         self._listed = gevent.event.Event()  # the list was asked for, and its nodes too
         self._listing, self._why, self._claims_it = None, '', True
+        self._looking = gevent.lock.BoundedSemaphore(1)  # the managers are asked in turn
 
     # Nodes
 
@@ -141,6 +145,11 @@ class Nodes:
     def is_free(self, address, port):
         """Return whether nothing listens on a port that is to be published, as far as that is known here."""
         return all(node.engine.is_free(self._bound(node, address), port) for node in self._nodes.values())
+
+    def is_bound(self, container, address):
+        """Return whether the ports of a container are published where those of a new one would be: one that
+        is older than the second node may publish them where no other machine reaches them."""
+        return container.addresses <= {self._bound(self._node(container.node), address)}
 
     def health(self):
         """Return ({total, ready} of the nodes, what is wrong with them in words); never waits."""
@@ -245,19 +254,26 @@ class Nodes:
 
     def _follow_list(self):
         while True:
+            self._look()
+            if not self._listed.is_set():
+                gevent.wait([node.tried for node in self._nodes.values()], timeout=ANSWER_TIME)
+            self._listed.set()
+            gevent.sleep(LIST_PAUSE)
+
+    def _look(self, *, unless_in_vain=False):
+        """Read the list; while it can't be read the last one holds."""
+        with self._looking:
+            if unless_in_vain and self._why:
+                return
             try:
                 self._take(self._source.members())
                 self._why = ''
-                if not self._listed.is_set():
-                    gevent.wait([node.tried for node in self._nodes.values()], timeout=ANSWER_TIME)
-            except DockerError as error:  # the last list holds
+            except DockerError as error:
                 if str(error) != self._why:
                     log.warning('%s', error)
                 self._why = str(error)
             except Exception:
                 log.exception('The list of nodes could not be read; trying again.')
-            self._listed.set()
-            gevent.sleep(LIST_PAUSE)
 
     def _take(self, members):
         """Begin to follow nodes that are new, and end that of those that are no more."""
@@ -332,8 +348,12 @@ class Nodes:
 
     def info(self):
         """Return {cpus, memory, time} of all nodes; each has a clock of its own."""
-        return {'cpus': sum(node.facts['NCPU'] for node in self.ready()),
-                'memory': sum(node.memory for node in self.ready()), 'time': 0}
+        ready = self.ready()
+        if not self._is_followed:  # what is listed next is newer than what was told so far
+            self._is_followed = True
+            self._told.clear()
+        return {'cpus': sum(node.facts['NCPU'] for node in ready),
+                'memory': sum(node.memory for node in ready), 'time': 0}
 
     def cpus(self, node=''):
         """Return how many cores a node has, or the most that one has."""
@@ -352,7 +372,10 @@ class Nodes:
         return bool(node) and (bool(self.away(node)) or self._nodes[node].engine.is_leaving())
 
     def taken(self):
-        """Return (names, host ports) of every container on all nodes that answer."""
+        """Return (names, host ports) of every container on all nodes that answer, as the list has them now:
+        what an operator has just changed holds for the workspace that is asked for next."""
+        if self._listed.is_set():
+            gevent.spawn(self._look, unless_in_vain=True).join(LOOK_TIME)
         found = self._each('taken').values()
         return set().union(*(names for names, _ in found)), set().union(*(ports for _, ports in found))
 

@@ -363,14 +363,16 @@ class Workspaces:
                                            container_id='')
         if workspace.wants_other_ports:
             workspace = self._claim_ports(workspace)
-        if container is not None and container.started and container.ports == set(workspace.ports.values()):
+        if container is not None and container.started and (
+                container.ports == set(workspace.ports.values())
+                and self._engine.is_bound(container, self._config.workspace_bind_address)):
             if not workspace.ever_ran:  # and nobody knows what it was given
                 self._told[workspace_id] = {}
             self._engine.start(container.id, self.recipe.network(workspace))
             return container.id, b''
         if container is not None:
-            # It publishes other ports, or was never started: a crash may have come before its files were in
-            # it.
+            # It publishes other ports or elsewhere, or was never started: a crash may have come before its
+            # files were in it.
             self._engine.remove_container(container.id)
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)

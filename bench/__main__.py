@@ -1,6 +1,6 @@
 """Measure the server, each time against what it stands on.
 
-    ./run.sh bench           all sections, in some 15 minutes
+    ./run.sh bench           all sections, in some 20 minutes
     ./run.sh bench NAME...   only these; they take the place of what bench/results.md has of them
 
 It writes bench/results.md, bench/pictures/ and the table of README.md. The machine should do nothing else;
@@ -23,7 +23,7 @@ from _agentbackend import VERSION
 from . import ROOT
 from .common import HEAD, PICTURES, Bench, Section
 
-SECTIONS = ('creates', 'rest', 'execs', 'agents', 'streams', 'memory', 'growth', 'runs', 'peers')
+SECTIONS = ('creates', 'rest', 'execs', 'agents', 'streams', 'memory', 'growth', 'nodes', 'runs', 'peers')
 LIMIT = 900  # seconds that one section may take
 RESULTS = ROOT / 'bench' / 'results.md'
 INTRODUCTION = """\

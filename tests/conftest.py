@@ -1,7 +1,6 @@
 from gevent import monkey; monkey.patch_all()  # noqa: E702, I001 - before anything imports ssl
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import io
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from browsing import browser, make_page  # noqa: F401 - fixtures
 from contract import check_answer
+from machines import Machines, Network
 
 import agentbackend
 from _agentbackend.images import BASE, OWN_BASE_IMAGE
@@ -37,7 +37,8 @@ BASE_IMAGE = pytest.StashKey()  # the greenlet that has it built
 PORT_SLOTS, PORT_SLOT = (12_000, 32_000), 1_200
 # Files that take longer than their size tells.
 LONG = ('test_adoption.py', 'test_agents_exact.py', 'test_accessibility.py', 'test_streams_exact.py',
-        'test_reference.py', 'test_pool.py', 'test_swarm.py', 'test_templates.py', 'test_shells.py')
+        'test_reference.py', 'test_pool.py', 'test_swarm.py', 'test_swarm_list.py',
+        'test_templates.py', 'test_shells.py', 'test_three_machines.py')
 LOCKS = []  # files that are locked as long as this run goes on
 # A few megabytes that answer as a workspace does: /healthz on 8443, an SSH banner on 2222.
 # CLONE_FAILS, SLOW, CLONES, CRASH and PRINT in its environment make it behave as the tests need it.
@@ -457,55 +458,6 @@ def guarded(make_server):
     return server
 
 
-class Network:
-    """A network namespace with nothing but a loopback of its own, for a server or an engine that must not
-    share ours."""
-
-    def __init__(self):
-        self._holder = subprocess.Popen(['unshare', '--net', 'sh', '-c',
-                                         'ip link set lo up && echo up && exec sleep infinity'],
-                                        stdout=subprocess.PIPE, start_new_session=True)
-        self._holder.stdout.readline()
-        self._file = f'/proc/{self._holder.pid}/ns/net'
-        self.prefix = ['nsenter', f'--net={self._file}', '--']
-
-    def join(self):
-        """Lay a cable to this machine, and return its address at our end; it goes with the namespace."""
-        number = uuid.uuid4().int
-        ours, theirs = [f'198.{18 + number % 2}.{number // 2 % 256}.{number // 512 % 64 * 4 + end}'
-                        for end in (1, 2)]
-        cable = f'cable{number % 10**9}'
-        for command in (['ip', 'link', 'add', cable, 'type', 'veth', 'peer', 'eth0', 'netns',
-                         str(self._holder.pid)],
-                        ['ip', 'addr', 'add', f'{ours}/30', 'dev', cable], ['ip', 'link', 'set', cable, 'up'],
-                        [*self.prefix, 'ip', 'addr', 'add', f'{theirs}/30', 'dev', 'eth0'],
-                        [*self.prefix, 'ip', 'link', 'set', 'eth0', 'up']):
-            subprocess.run(command, check=True)
-        return ours
-
-    @contextlib.contextmanager
-    def entered(self):
-        """Let this process make its sockets there for the length of a block, in which no other greenlet may
-        make one."""
-        with open('/proc/self/ns/net') as ours, open(self._file) as theirs:
-            self._move_to(theirs)
-            try:
-                yield
-            finally:
-                self._move_to(ours)
-
-    @staticmethod
-    def _move_to(file):
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET; os.setns is there from Python 3.12 on
-            raise OSError(ctypes.get_errno(), 'setns')
-
-    def close(self):
-        self._holder.kill()
-        self._holder.wait()
-        self._holder.stdout.close()
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own of half a megabyte."""
@@ -584,3 +536,34 @@ def server(tmp_path_factory, templates_dir, docker_client):
     yield served
     served.stop()
     remove_objects(docker_client, served.instance)
+
+
+@pytest.fixture(scope='module')
+def machines(tmp_path_factory):
+    made = Machines(tmp_path_factory.mktemp('machines'), 3)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def serve(machines, tmp_path, templates_dir):
+    """A function that starts a server over the machines; all that it made is removed in the end, and its log
+    shown on a failure."""
+    servers = []
+
+    def start(*, connected=True, network=machines.lan, **settings):
+        folder = tmp_path / f'server{len(servers)}'
+        folder.mkdir()
+        settings = {'DOCKER_HOST': ','.join(machine.url for machine in machines.all),
+                    'WORKSPACE_BIND_ADDRESS': '{node}', **machines.settings, **settings}
+        servers.append(Served(folder, templates_dir, network=network, **settings))
+        return servers[-1].start(connected=connected)
+    yield start
+    for server in servers:
+        server.stop()
+        print(f'--- log of {server.instance}\n' + server.log.read_text()[-12000:])
+    for machine in machines.all:
+        machine.link('up')
+        machine.start()
+        for server in servers:
+            remove_objects(machine.client, server.instance)

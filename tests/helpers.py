@@ -75,6 +75,24 @@ def seconds_left(text):
     return (datetime.fromisoformat(text.replace('Z', '+00:00')) - datetime.now(timezone.utc)).total_seconds()
 
 
+# Nodes
+
+def nodes(server):
+    """Return {name: what is told of it} of each node."""
+    return {node['name']: node for node in server.get('/api/nodes')}
+
+
+def all_ready(server):
+    """Return whether every node answers."""
+    return all(node['state'] == 'ready' for node in nodes(server).values())
+
+
+def refusal(server, **body):
+    """Return (status, code, error) of a workspace that is not made."""
+    answer = server.call('POST', '/api/workspaces', body)
+    return answer.status_code, answer.json().get('code'), answer.json().get('error')
+
+
 # The state file
 
 def state_path(server):

@@ -3,28 +3,81 @@ spaces of their own, joined by a bridge that nobody else sees. Nothing of them i
 interface."""
 import concurrent.futures
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 import docker
-from conftest import Network
 from helpers import make_certificates
 
-LAN = '10.77.0'
+LAN = '192.168.1'  # as the README has it, in a network that nobody else sees
 PORT = 2376  # of each engine, with TLS
 WAIT = 30  # seconds
-# docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found:
-# /run/containerd has its socket, /etc/docker its identity.
+# docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found: /run has
+# its sockets, /etc/docker its identity.
 BOOT = """\
 hostname {name} && ip link set lo up
-for folder in /run/containerd /run/docker; do mkdir -p $folder; mount -t tmpfs tmpfs $folder; done
+mount -t tmpfs tmpfs /run
 mkdir -p /etc/docker && mount --bind {folder}/etc /etc/docker
 exec docker-init -s -- sleep infinity
 """
+SSHD = """mkdir -p /run/sshd ~/.ssh
+umask 077 && echo "$KEY" >~/.ssh/authorized_keys && echo "$HOST_KEY" >/host
+exec /usr/sbin/sshd -D -e -f /dev/null -p "$PORT" -h /host"""
+
+
+class Network:
+    """A network namespace with nothing but a loopback of its own, for a server or an engine that must not
+    share ours."""
+
+    def __init__(self):
+        self._holder = subprocess.Popen(['unshare', '--net', 'sh', '-c',
+                                         'ip link set lo up && echo up && exec sleep infinity'],
+                                        stdout=subprocess.PIPE, start_new_session=True)
+        self._holder.stdout.readline()
+        self._file = f'/proc/{self._holder.pid}/ns/net'
+        self.prefix = ['nsenter', f'--net={self._file}', '--']
+
+    def join(self):
+        """Lay a cable to this machine, and return its address at our end; it goes with the namespace."""
+        number = uuid.uuid4().int
+        ours, theirs = [f'198.{18 + number % 2}.{number // 2 % 256}.{number // 512 % 64 * 4 + end}'
+                        for end in (1, 2)]
+        cable = f'cable{number % 10**9}'
+        for command in (['ip', 'link', 'add', cable, 'type', 'veth', 'peer', 'eth0', 'netns',
+                         str(self._holder.pid)],
+                        ['ip', 'addr', 'add', f'{ours}/30', 'dev', cable], ['ip', 'link', 'set', cable, 'up'],
+                        [*self.prefix, 'ip', 'addr', 'add', f'{theirs}/30', 'dev', 'eth0'],
+                        [*self.prefix, 'ip', 'link', 'set', 'eth0', 'up']):
+            subprocess.run(command, check=True)
+        return ours
+
+    @contextlib.contextmanager
+    def entered(self):
+        """Let this process make its sockets there for the length of a block, in which no other greenlet may
+        make one."""
+        with open('/proc/self/ns/net') as ours, open(self._file) as theirs:
+            self._move_to(theirs)
+            try:
+                yield
+            finally:
+                self._move_to(ours)
+
+    @staticmethod
+    def _move_to(file):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET; os.setns is there from Python 3.12 on
+            raise OSError(ctypes.get_errno(), 'setns')
+
+    def close(self):
+        self._holder.kill()
+        self._holder.wait()
+        self._holder.stdout.close()
 
 
 def until(condition, what):
@@ -43,6 +96,19 @@ def child_of(process, name):
             number = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()[0]
             return number if Path(f'/proc/{number}/comm').read_text().strip() == name else None
     return int(until(find, f'{name} does not start'))
+
+
+def make_ssh(folder):
+    """Make the ssh of a user whose keys, settings (`config`) and known hosts (`known`) are in a folder;
+    return the PATH on which it is found, and the environment of an sshd that takes the key."""
+    for key in ('id', 'host'):
+        subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', folder / key], check=True)
+    (folder / 'config').touch()
+    (folder / 'ssh').write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config -i {folder}/id '
+                                f'-o UserKnownHostsFile={folder}/known "$@"\n')
+    (folder / 'ssh').chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}", {'HOST_KEY': (folder / 'host').read_text(),
+                                              'KEY': (folder / 'id.pub').read_text()}
 
 
 class Machine:
@@ -93,7 +159,8 @@ class Machine:
             self._engine = subprocess.Popen(
                 [*self.inside(), 'env', f'TMPDIR={self.folder}', 'dockerd', '--data-root',
                  self.folder / 'data', '--exec-root', self.folder / 'exec', '--pidfile',
-                 self.folder / 'dockerd.pid', '-H', self.socket, '-H', f'tcp://0.0.0.0:{PORT}', '--tlsverify',
+                 self.folder / 'dockerd.pid', '-H', self.socket, '-H', 'unix:///run/docker.sock',
+                 '-H', f'tcp://0.0.0.0:{PORT}', '--tlsverify',
                  '--tlscacert', keys / 'ca.pem', '--tlscert', keys / 'server.pem',
                  '--tlskey', keys / 'server-key.pem',
                  '--exec-opt', 'native.cgroupdriver=cgroupfs', '--cgroup-parent', f'/{self._machines.group}'],
@@ -104,6 +171,36 @@ class Machine:
                 return self.client.ping()
             assert self._engine.poll() is None, (self.folder / 'log').read_text()[-2000:]
         until(answers, 'the engine does not answer')
+
+    @contextlib.contextmanager
+    def reached_by_ssh(self, image, settings):
+        """Let an sshd be there for the length of a block, with the programs of an image and the engine of
+        this machine; `settings` is what `make_ssh` gives."""
+        with contextlib.closing(docker.from_env()) as client:
+            container = client.containers.run(
+                image, entrypoint=['sleep', 'infinity'], detach=True, user='root', remove=True,
+                network_mode='none', volumes={
+                    f'{self.folder}/docker.sock': {'bind': '/var/run/docker.sock'},
+                    shutil.which('docker'): {'bind': '/usr/bin/docker', 'mode': 'ro'}})
+            root = client.api.inspect_container(container.id)['State']['Pid']
+            sshd = subprocess.Popen(
+                ['nsenter', f'--target={root}', '--mount', '--pid', '--root', '--wd',
+                 f'--net=/proc/{self._root}/ns/net', '--', 'env', 'HOME=/root', 'PORT=22',
+                 *(f'{name}={value}' for name, value in settings.items()), 'sh', '-c', SSHD],
+                stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                yield
+            finally:
+                container.kill()
+                sshd.wait()
+
+    def run(self, command, **environment):
+        """Run a shell line in it, and return what it prints."""
+        done = subprocess.run([*self.inside(), 'bash', '-euo', 'pipefail', '-c', command], check=False,
+                              env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+                              stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
 
     def crash(self):
         """Kill its engine alone; its containers go on."""

@@ -39,6 +39,25 @@ def read_head(file):
     return int(line.split()[1]), headers
 
 
+def send(server, method, path, body=None):
+    """Begin a call, and return the connection on which its answer will come: of calls that are made at once,
+    or to a server that may die meanwhile."""
+    call, data = connect(server, 30), json.dumps(body or {}).encode()
+    call.sendall(f'{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                 f'Content-Length: {len(data)}\r\n\r\n'.encode() + data)
+    return call
+
+
+def receive(call):
+    """Return (status, JSON) of the answer to a call that was begun; raise OSError where there is none."""
+    with call, call.makefile('rb') as file:
+        status, headers = read_head(file)
+        content = file.read(int(headers['content-length']))
+        if len(content) < int(headers['content-length']):
+            raise ConnectionError('half an answer')
+        return status, json.loads(content)
+
+
 class Connection:
     """What both kinds of clients share: an HTTP request on a socket, and its answer's head."""
 

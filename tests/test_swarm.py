@@ -2,7 +2,6 @@
 import collections
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,82 +11,25 @@ import gevent
 import pytest
 from agents import begin, ended, transcript
 from browsing import open_dashboard
-from conftest import Served, objects_of, remove_objects
-from helpers import delete, verb, wait_gone
-from machines import Machines
+from conftest import objects_of
+from helpers import all_ready, delete, nodes, refusal, verb, wait_gone
+from machines import SSHD, make_ssh
 from playwright.sync_api import expect
-from streaming import Sse, connect, read_head
+from streaming import Sse, receive, send
 
 LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
           'off': lambda machine: machine.off()}
+# Seconds that a node is away at least; a minute is more than any connection lives through.
+AWAY = float(os.environ.get('AWAY', '0'))
 # A program that is none of ours, on a port.
 LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
           "print('there', flush=True); time.sleep(60)")
-SSHD = """mkdir -p /run/sshd ~/.ssh
-umask 077 && echo "$KEY" >~/.ssh/authorized_keys && echo "$HOST_KEY" >/host
-exec /usr/sbin/sshd -D -e -f /dev/null -p 2200 -h /host"""
-
-
-@pytest.fixture(scope='module')
-def machines(tmp_path_factory):
-    made = Machines(tmp_path_factory.mktemp('machines'), 3)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def serve(machines, tmp_path, templates_dir):
-    """A function that starts a server over the machines; all that it made is removed in the end, and its log
-    shown on a failure."""
-    servers = []
-
-    def start(*, connected=True, network=machines.lan, **settings):
-        folder = tmp_path / f'server{len(servers)}'
-        folder.mkdir()
-        settings = {'DOCKER_HOST': ','.join(machine.url for machine in machines.all),
-                    'WORKSPACE_BIND_ADDRESS': '{node}', **machines.settings, **settings}
-        servers.append(Served(folder, templates_dir, network=network, **settings))
-        return servers[-1].start(connected=connected)
-    yield start
-    for server in servers:
-        server.stop()
-        print(f'--- log of {server.instance}\n' + server.log.read_text()[-12000:])
-    for machine in machines.all:
-        machine.link('up')
-        machine.start()
-        for server in servers:
-            remove_objects(machine.client, server.instance)
-
-
-def nodes(server):
-    return {node['name']: node for node in server.get('/api/nodes')}
 
 
 def create_at_once(server, *bodies):
     """Ask for workspaces all at once, and return their objects or errors."""
-    calls = [connect(server, 30) for _ in bodies]
-    for call, body in zip(calls, bodies, strict=True):
-        data = json.dumps(body).encode()
-        call.sendall(b'POST /api/workspaces HTTP/1.1\r\nHost: localhost\r\n'
-                     b'Content-Type: application/json\r\n'
-                     b'Content-Length: %d\r\n\r\n' % len(data) + data)
-    answers = []
-    for call in calls:
-        with call, call.makefile('rb') as file:
-            _, headers = read_head(file)
-            answer = json.loads(file.read(int(headers['content-length'])))
-            answers.append(answer.get('data', answer))
-    return answers
-
-
-def all_ready(server):
-    return all(node['state'] == 'ready' for node in nodes(server).values())
-
-
-def refusal(server, **body):
-    """Return (status, code, error) of a workspace that is not made."""
-    answer = server.call('POST', '/api/workspaces', body)
-    return answer.status_code, answer.json().get('code'), answer.json().get('error')
+    calls = [send(server, 'POST', '/api/workspaces', body) for body in bodies]
+    return [answer.get('data', answer) for _, answer in map(receive, calls)]
 
 
 def test_six_at_once_are_two_on_each(serve, machines):
@@ -158,8 +100,8 @@ def test_a_node_is_lost_and_comes_back(serve, machines, loss):
     made = {name: server.wait_status(name, 'running') for name in (*types, 'near')}
     verb(server, 'idle', 'stop')
     server.wait_status('idle', 'stopped')
-    with Sse(server, '/api/workspaces/near/events', timeout=30) as near, \
-            Sse(server, '/api/workspaces/kept/events', timeout=30) as kept:
+    with Sse(server, '/api/workspaces/near/events', timeout=30 + AWAY) as near, \
+            Sse(server, '/api/workspaces/kept/events', timeout=30 + AWAY) as kept:
         said, statuses = [], []
         reading = [gevent.spawn(read, near, 'message', said), gevent.spawn(read, kept, 'error', statuses)]
         server.until(lambda: statuses and any(text.startswith('line') for text in said))
@@ -171,6 +113,7 @@ def test_a_node_is_lost_and_comes_back(serve, machines, loss):
         check_lost(server, made, lost)
         server.until(lambda: [text.partition(' since ')[0] for text in statuses] == [
             '', f'Node {lost.address} does not answer'])
+        time.sleep(max(0, begun + AWAY - time.monotonic()))
         machines[2].link('up')
         machines[2].start()
         server.until(lambda: all_ready(server))
@@ -235,94 +178,7 @@ def check_back(server, made, lost, loss):
     assert objects_of(lost.client, server.instance) == []
 
 
-# The list of nodes of a swarm
-
-
-@pytest.fixture(scope='module')
-def swarm(machines):
-    machines.swarm()
-    return machines
-
-
-def through_swarm(serve, swarm, **settings):
-    managers = ','.join(machine.address for machine in swarm.all)
-    server = serve(DOCKER_HOST=f'swarm://{managers}', NODE_ENGINES='tcp://{address}:2376', **settings)
-    server.until(lambda: set(nodes(server)) == {'n1', 'n2', 'n3'} and all_ready(server))
-    return server
-
-
-def set_node(machine, name, **changes):
-    """Change a node of the swarm, as docker node update does."""
-    node = next(node for node in machine.client.nodes.list() if node.attrs['Description']['Hostname'] == name)
-    node.update(node.attrs['Spec'] | changes)
-
-
-def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm):
-    set_node(swarm[1], 'n3', Labels={'disk': 'ssd', 'agentbackend.host': swarm[3].address})
-    server = through_swarm(serve, swarm)
-    fast = server.running('fast', constraints={'disk': 'ssd'})
-    assert fast['node'] == 'n3' and f'//{swarm[3].address}:' in fast['codeServerUrl']
-    status, code, error = refusal(server, name='slow', constraints={'disk': 'hdd'})
-    assert (status, code) == (503, 'NO_ROOM') and 'n1 is not disk=hdd' in error
-    set_node(swarm[1], 'n3', Availability='drain')
-    server.until(lambda: nodes(server)['n3']['availability'] == 'drain')
-    status, code, error = refusal(server, name='more', constraints={'disk': 'ssd'})
-    assert (status, code) == (503, 'NO_ROOM') and 'n3 is set to drain' in error
-    verb(server, 'fast', 'restart')  # it keeps what it has
-    assert server.wait_status('fast', 'running')['containerId'] == fast['containerId']
-    set_node(swarm[1], 'n3', Availability='active')
-    set_node(swarm[1], 'n2', Labels={'agentbackend': 'no'})
-
-    def is_refused():
-        status, _, error = refusal(server, name='unwanted', node='n2')
-        if status == 201:
-            delete(server, 'unwanted')
-        return status == 503 and 'agentbackend=no' in error
-    server.until(is_refused)
-    set_node(swarm[1], 'n2', Labels={})
-
-
-def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
-    server = through_swarm(serve, swarm)
-    leader = next(machine for machine in swarm.all if any(
-        node.attrs['Description']['Hostname'] == machine.name and node.attrs['ManagerStatus'].get('Leader')
-        for node in swarm[1].client.nodes.list()))
-    others = [machine for machine in swarm.all if machine is not leader]
-    made = [server.running(f'on-{machine.name}', node=machine.name) for machine in swarm.all]
-    leader.off()
-    server.until(lambda: nodes(server)[leader.name]['state'] == 'down')
-    for workspace, machine in zip(made, swarm.all, strict=True):
-        verb(server, workspace['id'], 'restart', 503 if machine is leader else 202)
-    begun = time.monotonic()
-    assert server.running('meanwhile')['node'] in [machine.name for machine in others]
-    assert time.monotonic() - begun < 15, 'it waited for a new leader'
-    leader.start()
-    server.until(lambda: all_ready(server), 60)
-    for workspace in made:
-        if server.get(f"/api/workspaces/{workspace['id']}")['status'] == 'stopped':
-            verb(server, workspace['id'], 'start')
-        server.wait_status(workspace['id'], 'running')
-    assert 'Traceback' not in server.log.read_text()
-
-
-def test_a_manager_that_is_none_is_told(serve):
-    server = serve(DOCKER_HOST='swarm:///var/run/docker.sock', connected=False)
-    problem = server.until(lambda: server.get('/health')['problems'])[0]
-    assert 'is no manager of a swarm' in problem and server.get('/health')['docker'] == 'disconnected'
-    assert server.get('/api/nodes') == []
-
-
-def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_states_of_that_node(
-        serve, machines):
-    urls = f'{machines[1].url},{machines[1].socket},tcp://{machines[2].address}:2377,{machines[3].url}'
-    server = serve(DOCKER_HOST=urls)
-    found = nodes(server)
-    states = [node['state'] for node in found.values()]
-    assert sorted(states) == ['down', 'down', 'ready', 'ready'] and len(found) == 4
-    errors = ' '.join(node['error'] or '' for node in found.values())
-    assert 'It is the same engine as that of node' in errors and ':2377' in errors
-    server.running('anyway')
-
+# What is shown
 
 def test_the_dashboard_names_the_node(serve, machines, make_page):
     # A browser reaches no other network, and what is on those machines is not ready for one here.
@@ -386,9 +242,9 @@ def test_a_server_that_is_killed_knows_the_same_though_a_node_is_away(serve, mac
 
 # A task
 
-def test_a_task_goes_on_though_its_node_is_cut_off(serve, machines, agents_template):
+def test_a_task_goes_on_though_its_node_is_cut_off_and_ends_with_its_power(serve, machines, agents_template):
     folder, base = agents_template
-    count = 60
+    count = int(60 + 5 * AWAY)
     step = '{\\"type\\":\\"message\\",\\"data\\":{\\"message\\":\\"$n\\"}}'
     agent = f"""sh -c 'n=0; while [ $n -lt {count} ]; do n=$((n+1)); echo "{step}"; sleep 0.2; done'"""
     server = serve(TEMPLATES_DIR=str(folder), DEFAULT_TEMPLATE='agents', AGENT_COMMAND=agent,
@@ -406,40 +262,38 @@ def test_a_task_goes_on_though_its_node_is_cut_off(serve, machines, agents_templ
     server.start()
     server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
     assert server.get('/api/agent/sessions/counted')['state'] == 'running'
+    time.sleep(AWAY)
     machines[1].link('up')
     assert ended(server, 'counted')['state'] == 'completed'
     events = transcript(server, 'counted')
     numbers = [event['data']['message'] for event in events if event['type'] == 'message']
     assert numbers == [str(number + 1) for number in range(count)]
+    begin(server, 'count', sessionId='lost')
+    machines[1].off()
+    server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
+    assert server.get('/api/agent/sessions/lost')['state'] == 'running'
+    time.sleep(AWAY)
+    machines[1].start()
+    assert ended(server, 'lost')['state'] == 'failed'
 
 
 # An engine behind ssh
 
 def test_an_engine_is_reached_by_ssh(make_server, docker_client, base_image, tmp_path):
     home = tmp_path / 'home'
-    (home / '.ssh').mkdir(parents=True, mode=0o700)
-    for key in ('id', 'host'):
-        subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', home / '.ssh' / key], check=True)
+    home.mkdir()
+    path, keys = make_ssh(home)
     sshd = docker_client.containers.run(
         base_image, entrypoint=['sh', '-c', SSHD], detach=True, user='root', remove=True,
-        environment={'HOST_KEY': (home / '.ssh' / 'host').read_text(),
-                     'KEY': (home / '.ssh' / 'id.pub').read_text()},
+        environment={'PORT': '2200', **keys},
         volumes={'/var/run/docker.sock': {'bind': '/var/run/docker.sock'}})
     try:
         sshd.reload()
         address = sshd.attrs['NetworkSettings']['IPAddress']
-        public = (home / '.ssh' / 'host.pub').read_text()
-        (home / '.ssh' / 'config').write_text(f'Host near\n  HostName {address}\n  Port 2200\n  User root\n'
-                                              f"  IdentityFile {home}/.ssh/id\n"
-                                              f'  UserKnownHostsFile {home}/.ssh/known\n')
-        wrapper = tmp_path / 'bin'
-        wrapper.mkdir()
-        (wrapper / 'ssh').write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {home}/.ssh/config "$@"\n')
-        (wrapper / 'ssh').chmod(0o755)
-        server = make_server(DOCKER_HOST='ssh://near', PATH=f"{wrapper}:{os.environ['PATH']}",
-                             connected=False)
+        (home / 'config').write_text(f'Host near\n  HostName {address}\n  Port 2200\n  User root\n')
+        server = make_server(DOCKER_HOST='ssh://near', PATH=path, connected=False)
         server.until(lambda: 'Host key verification failed' in str(nodes(server)))
-        (home / '.ssh' / 'known').write_text(f'[{address}]:2200 {public}')
+        (home / 'known').write_text(f"[{address}]:2200 {(home / 'host.pub').read_text()}")
         server.until(lambda: server.get('/health')['docker'] == 'connected')
         workspace = server.running('behind', template='blank')
         assert workspace['node'] == 'near' and nodes(server)['near']['address'] == address
