@@ -272,6 +272,7 @@ class Container:
     ports: frozenset = frozenset()  # of the host, on which something of it is published
     node: str = ''  # on which it is, where there are several
     restarts: bool = False  # by itself, after a crash
+    ended_at: str = ''  # the last time that it did
     addresses: frozenset = frozenset()  # of the host, at which its ports are published
 
     @property
@@ -296,10 +297,11 @@ def container_of(found, node):
     published = [item for items in (limits.get('PortBindings') or {}).values() for item in items or ()]
     return Container(
         id=found['Id'], name=found['Name'].lstrip('/'), labels=config['Labels'] or {}, state=state['Status'],
-        started_at=state.get('StartedAt', ''), exit_code=state.get('ExitCode', 0),
-        out_of_memory=bool(state.get('OOMKilled')), tty=bool(config.get('Tty')),
-        created_at=parse_time(found['Created']), memory=limits.get('Memory') or 0,
-        cpus=(limits.get('NanoCpus') or 0) / 1e9, image=found.get('Image', ''), node=node,
+        started_at=state.get('StartedAt', ''), ended_at=state.get('FinishedAt', ''),
+        exit_code=state.get('ExitCode', 0), out_of_memory=bool(state.get('OOMKilled')),
+        tty=bool(config.get('Tty')), created_at=parse_time(found['Created']),
+        memory=limits.get('Memory') or 0, cpus=(limits.get('NanoCpus') or 0) / 1e9,
+        image=found.get('Image', ''), node=node,
         restarts=(limits.get('RestartPolicy') or {}).get('Name') not in (None, '', 'no'),
         volumes=tuple(mount['Name'] for mount in found.get('Mounts') or () if mount.get('Type') == 'volume'),
         ports=frozenset(int(item['HostPort']) for item in published if item.get('HostPort')),

@@ -142,8 +142,8 @@ class Probes:
         ago."""
         if time.monotonic() - start.listened_at < pause:
             return
-        # The engine notes the time of a start a moment after it, so the first lines may be older.
-        begun = int(parse_time(container.started_at) * 1e9) if start.again else 0
+        # The engine notes the time of a start a moment after it, so the first lines may be older than that.
+        begun = int(parse_time(container.ended_at) * 1e9) if start.again else 0
         start.listened_at = time.monotonic()
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
             for lines in self._engine.log_lines(container, since=max(begun, start.stamp + 1)):

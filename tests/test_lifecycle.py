@@ -265,7 +265,7 @@ def test_secrets_stay_where_they_are_needed(server, docker_client):
     assert settings.splitlines() == [
         f'https://me:{token}@git.invalid', password, '644 0 authorized_keys', '644 0 env',
         '600 1000 git-credentials', '600 1000 git-credentials-once', '600 1000 git-key', '644 0 gitconfig',
-        '600 0 password', '644 0 workspace', key]
+        '644 0 owned', '600 0 password', '644 0 taken', '644 0 workspace', key]
     concurrently(lambda: delete(server, 'secret'), lambda: delete(server, 'secret-clone'))
 
 

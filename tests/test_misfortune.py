@@ -112,7 +112,7 @@ def test_a_deletion_that_comes_while_a_failure_is_cleaned_up_is_done(backend, mo
     assert backend.state.all() == [] and objects_of(docker_client, backend.config.instance) == []
 
 
-@pytest.mark.parametrize('step', ['create_volume', 'create_container', 'put_files', 'start'])
+@pytest.mark.parametrize('step', ['create_volume', 'create_container', 'tell', 'start'])
 def test_a_rename_while_a_workspace_is_made_takes_the_container_along(
         backend, monkeypatch, docker_client, step):
     renaming = []
