@@ -93,9 +93,10 @@ def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
     server.until(lambda: has_leader(last), 60)
     begun = time.monotonic()
     server.until(lambda: all_ready(server) and not server.get('/health').get('problems'))
-    for machine in swarm.all:
-        server.running(f'again-{machine.name}', node=machine.name)
+    again = [server.create(f'again-{machine.name}', node=machine.name) for machine in swarm.all]
     assert time.monotonic() - begun < 10
+    for workspace in again:
+        server.wait_status(workspace['id'], 'running')
     for workspace in made:
         if server.get(f"/api/workspaces/{workspace['id']}")['status'] == 'stopped':
             verb(server, workspace['id'], 'start')

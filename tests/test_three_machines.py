@@ -27,30 +27,38 @@ class Crowd:
 
     def __init__(self, server, dice):
         self._server, self._dice, self._calls = server, dice, []
-        self.made, self.doomed = {}, set()  # id -> type, of creates that were answered; ids
+        self.made, self._nodes = {}, {}  # id -> type, node; of creates that were answered
+        self.doomed, self.gone = set(), set()  # ids that somebody ended, and whose deletion was answered
 
-    def act(self):
-        """Begin a call."""
+    def act(self, lost=None):
+        """Begin a call, or delete what is on a node that is lost, if there is anything."""
         action = self._dice.choice(('create', 'create', 'create', 'stop', 'start', 'restart', 'delete'))
         alive = sorted(self.made.keys() - self.doomed)
+        on_it = [key for key in alive if self._nodes[key] == lost]
+        if on_it:
+            action, alive = 'delete', on_it
         if action == 'create' or not alive:
             kind = self._dice.choice(('persistent', 'persistent', 'agent', 'temporary'))
             body = {'name': f'w{self._dice.randrange(9)}', 'type': kind}
-            self._calls.append((kind, send(self._server, 'POST', '/api/workspaces', body)))
+            self._calls.append((kind, '', send(self._server, 'POST', '/api/workspaces', body)))
             return
         chosen = self._dice.choice(alive)
         if action == 'delete' or (self.made[chosen], action) == ('temporary', 'stop'):
             self.doomed.add(chosen)
         method, end = ('DELETE', '') if action == 'delete' else ('POST', f'/{action}')
-        self._calls.append(('', send(self._server, method, f'/api/workspaces/{chosen}{end}')))
+        self._calls.append(('', chosen if action == 'delete' else '',
+                            send(self._server, method, f'/api/workspaces/{chosen}{end}')))
 
     def hear(self):
         """Take the answers that came before the server was killed."""
-        for kind, call in self._calls:
+        for kind, deleted, call in self._calls:
             with contextlib.suppress(OSError, ValueError):
                 status, answer = receive(call)
                 if kind and status == 201:
-                    self.made[answer['data']['id']] = kind
+                    made = answer['data']
+                    self.made[made['id']], self._nodes[made['id']] = kind, made['node']
+                if deleted and status < 300:
+                    self.gone.add(deleted)
         self._calls.clear()
 
 
@@ -75,6 +83,7 @@ def check_truth(server, machines, crowd, marked):
     is, and see that those are there that were written down before."""
     found = {item['id']: item for item in server.get('/api/workspaces')}
     assert crowd.made.keys() - crowd.doomed <= found.keys(), 'one is lost'
+    assert not crowd.gone & found.keys(), 'one has come back'
     assert not [item for item in found.values() if item['status'] not in ('running', 'stopped')], found
     for machine, containers, volumes in by_node(server, machines):
         assert volumes == containers.keys() == {
@@ -123,7 +132,7 @@ def test_kills_while_machines_come_and_go_lose_nothing(serve, machines):
             time.sleep(max(0, begun + moment - time.monotonic()))
             if away and number == 2:
                 away.off() if is_off else away.link('down')
-            crowd.act()
+            crowd.act(lost=away and number == 2 and away.address)
         time.sleep(dice.random() ** 2)
         server.kill()
         crowd.hear()
