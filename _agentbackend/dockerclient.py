@@ -26,7 +26,7 @@ from _agentbackend.errors import (
     PortTaken,
     UnreadableLog,
 )
-from _agentbackend.timing import parse_time
+from _agentbackend.timing import parse_time, with_deadline
 
 log = logging.getLogger('agentbackend')
 
@@ -126,6 +126,17 @@ class DockerClient:
             return why_refused(self.address)
         reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
         return f'Docker does not answer at {self.address} ({reason}). Start Docker, or set DOCKER_HOST.'
+
+    def progress(self, begin, seconds, late):
+        """Yield what the engine says of a push or a pull, which a function begins; raise DockerError with its
+        error, and `late` when it says nothing for so many seconds."""
+        with self.errors():
+            with gevent.Timeout(seconds, late):
+                said = begin()
+            for item in with_deadline(said, seconds, late):
+                if 'error' in item:
+                    raise DockerError(item['error'])
+                yield item
 
     # Below docker-py's surface (7.2): its own calls can't be closed early, take no nanoseconds, or read byte
     # by byte.

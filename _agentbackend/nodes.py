@@ -193,6 +193,7 @@ class Node:
         self.link = Link(member.url, connect, member.name)
         self.client = self.link.client
         self.engine = Engine(self.client, **settings)
+        self.remark = ''  # what is wrong with it though it answers, in words
         self.facts = {}  # what it said of itself when it last joined
         self.since, self.why = time.time(), 'it was not asked yet'  # while it does not answer; else None, ''
         self.lost, self.tried, self.doubt = (gevent.event.Event() for _ in range(3))
@@ -276,7 +277,7 @@ class Node:
 
     def join(self, info):
         """Note that it answers, and what it says of itself."""
-        self.facts, self.since, self.why = info, None, ''
+        self.facts, self.since, self.why, self.remark = info, None, '', ''
         self.lost.clear()
         self.tried.set()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import make_certificates
 
 LAN = '10.77.0'
 PORT = 2376  # of each engine, with TLS
+REGISTRY = f'{LAN}.1:5000'
 WAIT = 30  # seconds
 # docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found:
 # /run/containerd has its socket, /etc/docker its identity.
@@ -91,11 +93,12 @@ class Machine:
         keys = self._machines.keys
         with open(self.folder / 'log', 'a') as log:
             self._engine = subprocess.Popen(
-                [*self.inside(), 'env', f'TMPDIR={self.folder}', 'dockerd', '--data-root',
+                [*self.inside(), 'env', f'TMPDIR={self.folder}', 'NO_PROXY=*', 'dockerd', '--data-root',
                  self.folder / 'data', '--exec-root', self.folder / 'exec', '--pidfile',
                  self.folder / 'dockerd.pid', '-H', self.socket, '-H', f'tcp://0.0.0.0:{PORT}', '--tlsverify',
                  '--tlscacert', keys / 'ca.pem', '--tlscert', keys / 'server.pem',
                  '--tlskey', keys / 'server-key.pem',
+                 *self._machines.options.get(self.name, ()),
                  '--exec-opt', 'native.cgroupdriver=cgroupfs', '--cgroup-parent', f'/{self._machines.group}'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -125,11 +128,49 @@ class Machine:
             subprocess.run([*self._machines.lan.prefix, 'ip', 'link', 'set', self.name, state], check=True)
 
 
+class Registry:
+    """A registry in the network between machines, without TLS; its log says who asked for what. One that is
+    locked takes nobody but the user ada with the password word."""
+
+    def __init__(self, folder, network, address, *, locked=False):
+        self.address, self.log, settings = address, folder / 'log', {
+            'REGISTRY_VERSION': '0.1', 'REGISTRY_HTTP_ADDR': address, 'REGISTRY_LOG_LEVEL': 'error',
+            'REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY': str(folder / 'data')}
+        if locked:
+            users = folder / 'users'
+            users.write_text('ada:$2y$04$abcdefghijklmnopqrstuuB/GrfUOm5dtrEiT8lcouu5XB5ftbWLi\n')
+            settings |= {'REGISTRY_AUTH_HTPASSWD_REALM': 'here', 'REGISTRY_AUTH_HTPASSWD_PATH': str(users)}
+        (folder / 'config').write_text('version: 0.1\nstorage: {filesystem: {}}\n')
+        with self.log.open('w') as log:
+            self._process = subprocess.Popen([*network.prefix, 'docker-registry', 'serve', folder / 'config'],
+                                             env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=log,
+                                             stderr=log)
+        host, _, port = address.partition(':')
+
+        def answers():
+            with contextlib.suppress(OSError), network.entered():
+                socket.create_connection((host, int(port))).close()
+                return True
+            assert self._process.poll() is None, self.log.read_text()
+        until(answers, 'the registry does not answer')
+
+    def count(self, method, path, *, asked_by):
+        """Return how many requests it answered well whose path has a word in it."""
+        lines = self.log.read_text().splitlines()
+        return sum(line.startswith(asked_by.address + ' ') and f'"{method} ' in line and path in line
+                   and ' 20' in line.rpartition('HTTP/1.1"')[2][:4] for line in lines)
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+
+
 class Machines:
     """All of them; a server reaches them from the network between them, `lan`."""
 
-    def __init__(self, folder, count):
+    def __init__(self, folder, count, **options):
         self.folder, self.group = folder, f'machines-{os.getpid()}'
+        self.options = options  # name of a machine -> words for its engine
         self.lan = Network()
         subprocess.run([*self.lan.prefix, 'sh', '-c', 'ip link add br0 type bridge && ip addr add '
                         f'{LAN}.1/24 dev br0 && ip link set br0 up'], check=True)

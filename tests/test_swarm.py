@@ -1,4 +1,5 @@
 """Workspaces on three machines, of which one may be cut off, crash, or lose its power."""
+import base64
 import collections
 import json
 import os
@@ -14,7 +15,7 @@ from agents import begin, ended, transcript
 from browsing import open_dashboard
 from conftest import Served, objects_of, remove_objects
 from helpers import delete, verb, wait_gone
-from machines import Machines
+from machines import REGISTRY, Machines, Registry
 from playwright.sync_api import expect
 from streaming import Sse, connect, read_head
 
@@ -30,7 +31,8 @@ exec /usr/sbin/sshd -D -e -f /dev/null -p 2200 -h /host"""
 
 @pytest.fixture(scope='module')
 def machines(tmp_path_factory):
-    made = Machines(tmp_path_factory.mktemp('machines'), 3)
+    trusting = ['--insecure-registry', REGISTRY]  # n3 does not
+    made = Machines(tmp_path_factory.mktemp('machines'), 3, n1=trusting, n2=trusting)
     yield made
     made.close()
 
@@ -333,6 +335,91 @@ def test_the_dashboard_names_the_node(serve, machines, make_page):
     open_dashboard(page, server, f"#/w/{workspace['id']}")
     expect(page.locator('#workspaces .about')).to_contain_text(' · local')
     expect(page.locator('#facts')).to_contain_text('Nodelocal')
+
+
+# Images by way of a registry
+
+@pytest.fixture
+def make_registry(machines, tmp_path):
+    made = []
+
+    def make(**settings):
+        (tmp_path / 'registry').mkdir()
+        made.append(Registry(tmp_path / 'registry', machines.lan, REGISTRY, **settings))
+        return made[-1]
+    yield make
+    for registry in made:
+        registry.close()
+
+
+def names_of(machine):
+    """Return all names that images have on a machine, {id: names}."""
+    return {image['Id']: (image['RepoTags'] or []) + (image['RepoDigests'] or [])
+            for image in machine.client.api.images()}
+
+
+def test_layers_that_are_there_are_not_sent_again(serve, machines, make_registry, own_templates):
+    registry, (folder, add) = make_registry(), own_templates
+    add('one')
+    add('two', 'COPY entry /two')
+    first, second, third = machines.all
+    server = serve(TEMPLATES_DIR=str(folder), REGISTRY=f'{REGISTRY}/dev')
+    server.until(lambda: all_ready(server))
+    sent = []
+    for name in ('one', 'two'):
+        item = server.create(name, template=name, node=second.address)
+        said = build_output(server, item)
+        assert f'by way of {REGISTRY}/dev' in said and ' MB so far' in said
+        tag = server.get('/health')['templates'][name]['image']
+        image = first.client.api.inspect_image(tag)
+        assert names_of(second)[image['Id']] == names_of(first)[image['Id']] == [tag]
+        sent.append((len(image['RootFS']['Layers']), registry.count('GET', '/blobs/', asked_by=second),
+                     registry.count('PUT', '/blobs/', asked_by=first)))
+    (layers, got, put), (more, got_more, put_more) = sent
+    assert more == layers + 1 > 2 and got == put == layers + 1  # the last is the configuration
+    assert got_more == got + 2 and put_more == put + 2
+    # A node that does not trust it gets the whole image, and says so until it is seen to.
+    item = server.create('whole', template='two', node=third.address)
+    said = build_output(server, item)
+    error = nodes(server)[third.address]['error']
+    assert error in said and error in server.get('/health')['problems']
+    assert f'Node {third.address} can not pull an image from REGISTRY={REGISTRY}/dev' in error
+    assert f'name {REGISTRY} in "insecure-registries" of /etc/docker/daemon.json on {third.address}' in error
+    assert names_of(third)[image['Id']] == [tag]
+    assert [node['error'] for node in nodes(server).values()].count(None) == 2
+    assert nodes(server)[third.address]['state'] == 'ready'
+
+
+def build_output(server, workspace):
+    """Return what is said of a workspace until it runs."""
+    said = []
+    with Sse(server, f"/api/workspaces/{workspace['id']}/events", timeout=30) as stream:
+        for event in stream:
+            said.append(event['data'].get('message') or '')
+            if event['data'].get('status') == 'running':
+                return '\n'.join(said)
+
+
+def test_a_registry_that_does_not_take_an_image_is_told(serve, machines, make_registry, own_templates,
+                                                        tmp_path):
+    registry, (folder, add), first = make_registry(locked=True), own_templates, machines[1].address
+    for name in ('shut', 'open', 'gone'):
+        add(name, f'LABEL is={name}')
+    server = serve(TEMPLATES_DIR=str(folder), REGISTRY=REGISTRY, DOCKER_CONFIG=str(tmp_path))
+    server.until(lambda: all_ready(server))
+    server.running('shut', template='shut', node=machines[2].address)
+    error = nodes(server)[first]['error']
+    assert f'Node {first} can not push an image to REGISTRY={REGISTRY}' in error
+    assert f'docker login {REGISTRY}' in error
+    login = {'auths': {REGISTRY: {'auth': base64.b64encode(b'ada:word').decode()}}}
+    (tmp_path / 'config.json').write_text(json.dumps(login))
+    server.running('open', template='open', node=machines[2].address)
+    assert [node['error'] for node in nodes(server).values()] == [None] * 3
+    assert registry.count('PUT', '/manifests/', asked_by=machines[1]) == 1
+    registry.close()
+    server.running('gone', template='gone', node=machines[2].address)
+    error = nodes(server)[first]['error']
+    assert 'connection refused' in error and f'that {first} reaches it' in error
 
 
 # Names and ports
