@@ -66,7 +66,7 @@ class Tunnel:
             if self._process.poll() is not None:
                 with open(f'{self._folder}/said', errors='replace') as said:
                     lines = [line.strip() for line in said if line.strip(' \r\n@')]
-                raise EngineUnavailable(f'ssh: {" ".join(lines)[-500:] or "it ended without a word"}')
+                raise EngineUnavailable(f'ssh: {" ".join(lines)[-1000:] or "it ended without a word"}')
             gevent.sleep(0.05)
         return f'unix://{self._folder}/sock'
 
@@ -148,7 +148,7 @@ class Swarm:
                 said.append(str(error))
                 self._links[0][1].client.close()
                 self._links.rotate(-1)
-        raise EngineUnavailable(f'No manager names the nodes of the swarm: {" ".join(said)}')
+        raise EngineUnavailable(f'No manager names the nodes of the swarm: {" ".join(dict.fromkeys(said))}')
 
     def close(self):
         """End the ways to the managers."""
@@ -206,6 +206,11 @@ class Node:
         """Since when and why it does not answer, in words; '' when it does."""
         return '' if self.since is None else (
             f'Node {self.name} does not answer since {view_time(self.since)}: {self.why}')
+
+    @property
+    def is_open(self):
+        """Whether it takes something new."""
+        return self.member.availability == 'active' and self.member.labels.get(PREFIX) != 'no'
 
     @property
     def memory(self):

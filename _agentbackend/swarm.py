@@ -50,10 +50,11 @@ class Builder:
 
     @property
     def node(self):
-        """The node."""
+        """The node: one that takes something new, of the platform that most have."""
         if self._node is None or self._node.away:
             ready = self._nodes.ready()
-            self._node = min(ready, key=lambda node: (node.member.availability != 'active', node.name))
+            count = collections.Counter(node.platform for node in ready)
+            self._node = min(ready, key=lambda node: (not node.is_open, -count[node.platform], node.name))
         return self._node
 
     @property
@@ -169,6 +170,8 @@ class Nodes:
     def place(self, draft, workspaces, *, node, constraints):
         """Return the name of the node for a new workspace: of those that take it the one with the most memory
         that is not promised. Raises NoRoom with what each lacks. It never waits."""
+        if not self._nodes:
+            raise EngineUnavailable(self._why or 'No node answers yet.')
         if node and node not in self._nodes:
             raise refusal('node', f'is {quoted(node)}, but there are {either(sorted(self._nodes))}')
         for label in constraints:
@@ -291,8 +294,9 @@ class Nodes:
                 self._tell(Change(node.name))
                 self._listen(node, since)
             except DockerError as error:
-                if node.lose(str(error)):
+                if str(error) != node.why:  # the first reason may be no more than a tunnel that ended
                     log.warning('Node %s: %s', node.name, error)
+                if node.lose(str(error)):
                     self._tell(Change(node.name))
             except Exception as error:
                 log.exception('Following node %s failed; trying again.', node.name)

@@ -3,6 +3,7 @@ spaces of their own, joined by a bridge that nobody else sees. Nothing of them i
 interface."""
 import concurrent.futures
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import docker
+import gevent
+import gevent.server
 from conftest import Network
 from helpers import make_certificates
 
@@ -163,6 +166,42 @@ class Registry:
     def close(self):
         self._process.kill()
         self._process.wait()
+
+
+class Relay:
+    """A door to the engine of a machine, which alters what comes through it: `changes` are {bytes: as many
+    others} of what the engine says, `refused` {last word of a path: what is answered with a 500}."""
+
+    def __init__(self, machine, address):
+        self.changes, self.refused, self._machine = {}, {}, machine
+        self._server = gevent.server.StreamServer((address, 0), self._serve)
+        self._server.start()
+        self.url = f'tcp://{address}:{self._server.server_port}'
+
+    def _serve(self, client, _):
+        with client, socket.socket(socket.AF_UNIX) as engine:
+            engine.connect(self._machine.socket.removeprefix('unix://'))
+            answering = gevent.spawn(self._answer, engine, client)
+            with contextlib.suppress(OSError):
+                while data := client.recv(65536):
+                    path = data.partition(b' HTTP/1.1')[0].rpartition(b'/')[2].decode()
+                    if path in self.refused:
+                        text = json.dumps({'message': self.refused[path]})
+                        client.sendall(f'HTTP/1.1 500 \r\nContent-Length: {len(text)}\r\n\r\n{text}'.encode())
+                    else:
+                        engine.sendall(data)
+            answering.kill()
+
+    def _answer(self, engine, client):
+        with contextlib.suppress(OSError):
+            while data := engine.recv(65536):
+                for said, heard in self.changes.items():
+                    data = data.replace(said, heard)
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self._server.stop()
 
 
 class Machines:

@@ -14,13 +14,18 @@ import pytest
 from agents import begin, ended, transcript
 from browsing import open_dashboard
 from conftest import Served, objects_of, remove_objects
-from helpers import delete, verb, wait_gone
-from machines import REGISTRY, Machines, Registry
+from helpers import delete, make_certificates, verb, wait_gone
+from machines import REGISTRY, Machines, Registry, Relay
 from playwright.sync_api import expect
 from streaming import Sse, connect, read_head
 
+from _agentbackend.dockerclient import DockerClient
+from _agentbackend.errors import EngineUnavailable
+
 LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
           'off': lambda machine: machine.off()}
+# For engines that are reached from this machine.
+NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
 # A program that is none of ours, on a port.
 LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
           "print('there', flush=True); time.sleep(60)")
@@ -59,6 +64,19 @@ def serve(machines, tmp_path, templates_dir):
         machine.start()
         for server in servers:
             remove_objects(machine.client, server.instance)
+
+
+@pytest.fixture
+def make_relay():
+    """A function that makes a Relay to a machine's engine, at an address of loopback."""
+    made = []
+
+    def make(machine, address):
+        made.append(Relay(machine, address))
+        return made[-1]
+    yield make
+    for relay in made:
+        relay.close()
 
 
 def nodes(server):
@@ -259,13 +277,17 @@ def set_node(machine, name, **changes):
     node.update(node.attrs['Spec'] | changes)
 
 
-def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm):
+def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm, own_templates):
+    own_templates[1]('apart')
+    set_node(swarm[1], 'n1', Labels={'agentbackend': 'no'})
     set_node(swarm[1], 'n3', Labels={'disk': 'ssd', 'agentbackend.host': swarm[3].address})
-    server = through_swarm(serve, swarm)
-    fast = server.running('fast', constraints={'disk': 'ssd'})
+    server = through_swarm(serve, swarm, TEMPLATES_DIR=str(own_templates[0]))
+    fast = server.running('fast', template='apart', constraints={'disk': 'ssd'})
+    assert {name for name, node in nodes(server).items() if 'apart' in str(node['images'])} == {'n2', 'n3'}
+    set_node(swarm[1], 'n1', Labels={})
+    server.until(lambda: 'n1 is not disk=hdd' in refusal(server, name='slow', constraints={'disk': 'hdd'})[2])
     assert fast['node'] == 'n3' and f'//{swarm[3].address}:' in fast['codeServerUrl']
-    status, code, error = refusal(server, name='slow', constraints={'disk': 'hdd'})
-    assert (status, code) == (503, 'NO_ROOM') and 'n1 is not disk=hdd' in error
+    assert refusal(server, name='slow', constraints={'disk': 'hdd'})[:2] == (503, 'NO_ROOM')
     set_node(swarm[1], 'n3', Availability='drain')
     server.until(lambda: nodes(server)['n3']['availability'] == 'drain')
     status, code, error = refusal(server, name='more', constraints={'disk': 'ssd'})
@@ -309,9 +331,27 @@ def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
 
 def test_a_manager_that_is_none_is_told(serve):
     server = serve(DOCKER_HOST='swarm:///var/run/docker.sock', connected=False)
-    problem = server.until(lambda: server.get('/health')['problems'])[0]
+    [problem] = server.until(lambda: server.get('/health')['problems'])
     assert 'is no manager of a swarm' in problem and server.get('/health')['docker'] == 'disconnected'
     assert server.get('/api/nodes') == []
+
+
+def test_a_swarm_without_a_leader_is_told_at_the_start_and_waited_for(serve, swarm, make_relay):
+    # One that has lost most of its managers takes a minute to come back: only its words are real here.
+    relay = make_relay(swarm[1], '127.0.0.2')
+    relay.refused['nodes'] = 'The swarm does not have a leader. Make sure more than half are online.'
+    server = serve(network=None, connected=False, DOCKER_HOST=f'swarm://{relay.url},{relay.url}',
+                   NODE_ENGINES=f'unix://{swarm.folder}/{{name}}/docker.sock', **NO_TLS)
+    [problem] = server.until(lambda: server.get('/health')['problems'])
+    assert problem == f'No manager names the nodes of the swarm: {relay.refused["nodes"]}'
+    assert server.get('/health')['docker'] == 'disconnected' and server.get('/api/nodes') == []
+    for wish in ({}, {'node': 'n1'}):
+        status, code, error = refusal(server, name='early', **wish)
+        assert (status, code) == (503, 'DOCKER_ERROR') and 'does not have a leader' in error
+    relay.refused.clear()
+    server.until(lambda: set(nodes(server)) == {'n1', 'n2', 'n3'} and all_ready(server))
+    server.until(lambda: server.get('/health')['docker'] == 'connected')
+    assert server.get('/health')['problems'] == []
 
 
 def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_states_of_that_node(
@@ -324,6 +364,49 @@ def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_stat
     errors = ' '.join(node['error'] or '' for node in found.values())
     assert 'It is the same engine as that of node' in errors and ':2377' in errors
     server.running('anyway')
+
+
+def test_what_keeps_certificates_from_fitting_is_told(serve, machines, tmp_path):
+    ours, others = machines.keys, make_certificates(tmp_path / 'others')
+    mixed, lame = tmp_path / 'mixed', tmp_path / 'lame'
+    shutil.copytree(others, mixed)
+    shutil.copy(ours / 'ca.pem', mixed)
+    shutil.copytree(ours, lame)
+    (lame / 'key.pem').write_text('none')
+    url, socket_of = machines[1].url, f'unix://{machines[1].folder}/docker.sock'
+    for address, folder, words in (
+            (url, others, r'certificate verify failed.*See that ca\.pem in DOCKER_CERT_PATH'),
+            (url, mixed, r'does not take cert\.pem in DOCKER_CERT_PATH'),
+            (url, lame, r'DOCKER_CERT_PATH has to be a folder with ca\.pem, cert\.pem and key\.pem'),
+            (url, tmp_path, r'DOCKER_CERT_PATH has to be a folder'),
+            (url, '', r'sent an HTTP request to an HTTPS server.*set DOCKER_TLS_VERIFY=1')):
+        client = DockerClient(host=address, tls_verify='1' if folder else '', cert_path=str(folder))
+        with machines.lan.entered(), pytest.raises(EngineUnavailable, match=words):
+            client.ping()
+        client.close()
+    # With another authority's, whoever needs none goes on.
+    server = serve(DOCKER_HOST=f'{socket_of},{machines[2].url}', DOCKER_CERT_PATH=str(others))
+    error = nodes(server)[machines[2].address]['error']
+    assert f'Node {machines[2].address} does not answer since' in error and 'verify failed' in error
+    assert server.create('anyway')['node'] == 'local'
+
+
+def test_an_engine_that_is_too_old_and_one_of_another_platform_are_states_of_that_node(serve, machines,
+                                                                                     make_relay):
+    # There are none of those here: what another one says of itself is altered on its way.
+    old, other = make_relay(machines[3], '127.0.0.2'), make_relay(machines[3], '127.0.0.3')
+    old.changes[b'"ApiVersion":"1.41"'] = b'"ApiVersion":"1.40"'
+    other.changes[b'"Architecture":"x86_64"'] = b'"Architecture":"armv7l"'
+    server = serve(network=None, **NO_TLS, DOCKER_HOST=','.join(
+        [machines[1].socket, machines[2].socket, old.url, other.url]))
+    server.until(lambda: [node['state'] for node in nodes(server).values()].count('ready') == 3)
+    error = nodes(server)['127.0.0.2']['error']
+    assert f'Docker at {old.url} is too old: its API is 1.40, and 1.41 is needed' in error
+    status, code, error = refusal(server, name='there', node='127.0.0.3')
+    assert (status, code) == (503, 'NO_ROOM') and '127.0.0.3 runs linux/armv7l, not linux/x86_64' in error
+    assert server.create('here')['node'] in ('local', machines[2].socket.partition('://')[2])
+    del old.changes[b'"ApiVersion":"1.41"']  # it was updated
+    server.until(lambda: 'It is the same engine' in nodes(server)['127.0.0.2']['error'])
 
 
 def test_the_dashboard_names_the_node(serve, machines, make_page):
@@ -536,6 +619,14 @@ def test_an_engine_is_reached_by_ssh(make_server, docker_client, base_image, tmp
         assert len(tunnels) == 1
         os.kill(tunnels[0], signal.SIGKILL)  # it comes anew
         server.until(lambda: tunnels_to('near') not in ([], tunnels))
+        server.until(lambda: all_ready(server))
+        (home / '.ssh' / 'known').write_text(f"[{address}]:2200 {(home / '.ssh' / 'id.pub').read_text()}")
+        os.kill(tunnels_to('near')[0], signal.SIGKILL)
+        server.until(lambda: 'HOST IDENTIFICATION HAS CHANGED' in str(nodes(server)))
+        assert 'ssh-keygen -f' in nodes(server)['near']['error']  # the way out, as ssh tells it
+        warned = [line for line in server.log.read_text().splitlines() if ' WARNING Node near: ' in line]
+        assert 'IDENTIFICATION HAS CHANGED' in warned[-1] and not any('/sock' in line for line in warned)
+        (home / '.ssh' / 'known').write_text(f'[{address}]:2200 {public}')
         server.until(lambda: all_ready(server))
         verb(server, 'behind', 'restart')
         server.wait_status('behind', 'running')
