@@ -35,7 +35,8 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     pages        the OpenAPI document, the dashboard and the reference
     views        records as the objects of the API, events as they go over the wire; SSE's time to come back
     images       templates, and the images built from them
-    swarm        several nodes as one engine: what is asked of which, placement, and images on their way
+    swarm        several nodes as one engine: what is asked of which, and placement
+    distribution images on their way from one node to another, whole or by way of a registry
     nodes        machines with an engine each: which there are, how they are reached, whether they answer
     claim        the claim of one server to an instance on an engine
     access       where the files of a workspace are reached, and how programs of ours run there

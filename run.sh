@@ -183,6 +183,11 @@ run_tests() {
     esac
     need chromium=chromium node=nodejs npm=npm busybox=busybox-static ssh=openssh-client ssh-keygen=openssh-client git=git curl=curl \
         nginx=nginx-light caddy=caddy faketime=faketime rsync=rsync
+    # The package starts a registry of its own, which nobody wants here.
+    if ! command -v docker-registry >/dev/null; then
+        need docker-registry=docker-registry
+        systemctl disable --now docker-registry >/dev/null 2>&1 || true
+    fi
     # Else each of the many Pythons that the tests start would compile the code anew.
     unset PYTHONDONTWRITEBYTECODE
     case "$*" in

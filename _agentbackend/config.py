@@ -110,6 +110,15 @@ def parse_template(text):
     return text
 
 
+def parse_registry(text):
+    """Return a registry, with or without a prefix, as names of images begin with it."""
+    host, prefix = r'(?=[^/]*[.:])[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?', r'(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?'
+    if text and not re.fullmatch(host + prefix, text):
+        raise ValueError('it is host:port or host:port/prefix, without http:// before it, the prefix in '
+                         'small letters; a host without a dot needs its port')
+    return text.rstrip('/')
+
+
 def parse_log_level(text):
     """Return a level as logging names it."""
     if text.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
@@ -149,6 +158,9 @@ class Config:
     node_engines: str = setting('ssh://{address}', parse_template,
                                 'How the engine of a node of a swarm is reached: a URL with `{address}` or '
                                 '`{name}`.')
+    registry: str = setting('', parse_registry,
+                            'Registry by way of which images come to several nodes, as `host:port` or '
+                            '`host:port/prefix`. Empty sends each image whole, through this server.')
     docker_tls_verify: str = setting('', str,
                                      'As for the `docker` command: not empty makes a `tcp://` engine prove '
                                      'itself.')

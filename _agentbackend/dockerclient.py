@@ -26,17 +26,29 @@ from _agentbackend.errors import (
     PortTaken,
     UnreadableLog,
 )
-from _agentbackend.timing import parse_time
+from _agentbackend.timing import parse_time, with_deadline
 
 log = logging.getLogger('agentbackend')
 
 CALL_TIMEOUT = 60  # seconds until the headers of an answer
 PING_TIMEOUT = 5  # seconds
+OLDEST_API, OLDEST = '1.41', '20.10'  # of an engine that knows all that is asked of it, and its release
 SILENCE = 20  # seconds without a sign of life of the other machine until a connection to it is given up
 PIECE = 65536  # bytes
 # The engine's words for a port that is taken, of old and new versions, by a container or by another program.
 PORT_CONFLICT = re.compile(r'port is already allocated|address already in use')
 CONFLICTING_PORT = re.compile(r':(\d+)(?: failed|: bind|/tcp)')
+# What is heard of an engine that can't be talked with, and what to do then; the last holds for all else.
+REMEDIES = (
+    ('CERTIFICATE_VERIFY_FAILED',
+     'See that ca.pem in DOCKER_CERT_PATH is that of its authority, and its certificate for this address.'),
+    ('EOF occurred in violation|alert',
+     'If it is up, it does not take cert.pem in DOCKER_CERT_PATH, which has to be of its authority.'),
+    ('HTTP request to an HTTPS server', 'It wants TLS: set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH.'),
+    ('WRONG_VERSION_NUMBER', 'It has no TLS there: leave DOCKER_TLS_VERIFY out, or give it a certificate.'),
+    ('Path to a certificate|PEM lib|X509',
+     'DOCKER_CERT_PATH has to be a folder with ca.pem, cert.pem and key.pem.'),
+    ('', 'Start Docker, or set DOCKER_HOST.'))
 GONE_ERRORS = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError, tarfile.TarError)
 
 
@@ -55,6 +67,7 @@ class DockerClient:
         settings = {'DOCKER_TLS_VERIFY': tls_verify, 'DOCKER_CERT_PATH': cert_path}
         self._settings = {key: value for key, value in settings.items() if value}
         self.address = host or 'unix:///var/run/docker.sock'
+        self._named = self.address  # in what is said of it, though a tunnel leads there
         self.is_local = self.address.startswith('unix:')  # the engine is on this machine
         self.node = node  # that of several on which the engine is
         self._api = None
@@ -64,9 +77,15 @@ class DockerClient:
         """The APIClient of docker-py."""
         if self._api is None:
             # The pool is a keep limit, not a cap; below it urllib3 warns about every stream that ends.
-            self._api = Client(version='auto', timeout=CALL_TIMEOUT, max_pool_size=100,
-                               **docker.utils.kwargs_from_env(
-                                   environment={'DOCKER_HOST': self.address, **self._settings}))
+            api = Client(version='auto', timeout=CALL_TIMEOUT, max_pool_size=100,
+                         **docker.utils.kwargs_from_env(
+                             environment={'DOCKER_HOST': self.address, **self._settings}))
+            if docker.utils.version_lt(api.api_version, OLDEST_API):
+                api.close()
+                raise EngineUnavailable(
+                    f'Docker at {self._named} is too old: its API is {api.api_version}, and {OLDEST_API} is '
+                    f'needed. Install Docker {OLDEST} or later there.', node=self.node)
+            self._api = api
             self._notice_silence()
         return self._api
 
@@ -98,7 +117,7 @@ class DockerClient:
 
     def silence(self, seconds):
         """Return the error of an engine that takes a connection and says nothing."""
-        return EngineUnavailable(f'Docker at {self.address} does not answer within {seconds} s.',
+        return EngineUnavailable(f'Docker at {self._named} does not answer within {seconds} s.',
                                  node=self.node)
 
     @contextlib.contextmanager
@@ -120,12 +139,26 @@ class DockerClient:
             raise EngineUnavailable(self._why_unavailable(error), node=self.node) from error
 
     def _why_unavailable(self, error):
+        said = getattr(error, 'explanation', None)
         while error.__context__ is not None:  # the outer ones only wrap the reason
             error = error.__context__
+            said = said or getattr(error, 'explanation', None)
         if isinstance(error, PermissionError):
             return why_refused(self.address)
-        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-        return f'Docker does not answer at {self.address} ({reason}). Start Docker, or set DOCKER_HOST.'
+        reason = said or getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        remedy = next(text for words, text in REMEDIES if re.search(words, reason))
+        return f'Docker does not answer at {self._named} ({reason.strip().rstrip(".")}). {remedy}'
+
+    def progress(self, begin, seconds, late):
+        """Yield what the engine says of a push or a pull, which a function begins; raise DockerError with its
+        error, and `late` when it says nothing for so many seconds."""
+        with self.errors():
+            with gevent.Timeout(seconds, late):
+                said = begin()
+            for item in with_deadline(said, seconds, late):
+                if 'error' in item:
+                    raise DockerError(item['error'])
+                yield item
 
     # Below docker-py's surface (7.2): its own calls can't be closed early, take no nanoseconds, or read byte
     # by byte.

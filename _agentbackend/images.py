@@ -26,7 +26,6 @@ from _agentbackend.errors import (
     quoted,
     refusal,
 )
-from _agentbackend.timing import with_deadline
 
 log = logging.getLogger('agentbackend')
 
@@ -338,14 +337,11 @@ class Templates:
         """Pull an image; give up when the registry says nothing for half a minute."""
         repository, tag = docker.utils.parse_repository_tag(image)
         silent = DockerError('the registry says nothing')
-        with self._client.errors():
-            with gevent.Timeout(PULL_TIMEOUT, silent):
-                progress = self._client.api.pull(repository, tag=tag or 'latest', stream=True, decode=True)
-            for item in with_deadline(progress, PULL_TIMEOUT, silent):
-                if 'error' in item:
-                    raise DockerError(item['error'])
-                if 'progress' not in item:
-                    on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
+        for item in self._client.progress(
+                lambda: self._client.api.pull(repository, tag=tag or 'latest', stream=True, decode=True),
+                PULL_TIMEOUT, silent):
+            if 'progress' not in item:
+                on_line(f"{item.get('id', '')} {item.get('status', '')}".strip())
 
     def _has_image(self, tag):
         with self._client.errors():

@@ -66,7 +66,7 @@ class Tunnel:
             if self._process.poll() is not None:
                 with open(f'{self._folder}/said', errors='replace') as said:
                     lines = [line.strip() for line in said if line.strip(' \r\n@')]
-                raise EngineUnavailable(f'ssh: {" ".join(lines)[-500:] or "it ended without a word"}')
+                raise EngineUnavailable(f'ssh: {" ".join(lines)[-1000:] or "it ended without a word"}')
             gevent.sleep(0.05)
         return f'unix://{self._folder}/sock'
 
@@ -148,7 +148,7 @@ class Swarm:
                 said.append(str(error))
                 self._links[0][1].client.close()
                 self._links.rotate(-1)
-        raise EngineUnavailable(f'No manager names the nodes of the swarm: {" ".join(said)}')
+        raise EngineUnavailable(f'No manager names the nodes of the swarm: {" ".join(dict.fromkeys(said))}')
 
     def close(self):
         """End the ways to the managers."""
@@ -193,6 +193,7 @@ class Node:
         self.link = Link(member.url, connect, member.name)
         self.client = self.link.client
         self.engine = Engine(self.client, **settings)
+        self.remark = ''  # what is wrong with it though it answers, in words
         self.facts = {}  # what it said of itself when it last joined
         self.since, self.why = time.time(), 'it was not asked yet'  # while it does not answer; else None, ''
         self.lost, self.tried, self.doubt = (gevent.event.Event() for _ in range(3))
@@ -205,6 +206,11 @@ class Node:
         """Since when and why it does not answer, in words; '' when it does."""
         return '' if self.since is None else (
             f'Node {self.name} does not answer since {view_time(self.since)}: {self.why}')
+
+    @property
+    def is_open(self):
+        """Whether it takes something new."""
+        return self.member.availability == 'active' and self.member.labels.get(PREFIX) != 'no'
 
     @property
     def memory(self):
@@ -276,7 +282,7 @@ class Node:
 
     def join(self, info):
         """Note that it answers, and what it says of itself."""
-        self.facts, self.since, self.why = info, None, ''
+        self.facts, self.since, self.why, self.remark = info, None, '', ''
         self.lost.clear()
         self.tried.set()
 

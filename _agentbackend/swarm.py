@@ -1,7 +1,6 @@
 """Several machines with an engine each, as one engine: a workspace is a plain container on one of them."""
 import collections
 import contextlib
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import gevent.lock
 
 from _agentbackend.claim import Claim
 from _agentbackend.config import NODE_ADDRESS
+from _agentbackend.distribution import Distribution
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import PREFIX, Engine
 from _agentbackend.errors import (
@@ -25,7 +25,7 @@ from _agentbackend.errors import (
 )
 from _agentbackend.nodes import ANSWER_TIME, Node, PlainList, Swarm
 from _agentbackend.records import ERROR, STOPPED
-from _agentbackend.timing import cooperatively, parse_time
+from _agentbackend.timing import parse_time
 
 log = logging.getLogger('agentbackend')
 
@@ -33,7 +33,6 @@ PING_PAUSE = 1  # seconds between looks at a node
 RETRY_PAUSE = 1  # seconds until one that did not answer is asked again
 LIST_PAUSE = 2  # seconds between looks at the list of nodes
 LOOK_TIME = 1  # seconds that one waits for it who asks for a workspace
-TELL_PAUSE = 3  # seconds between two lines about an image on its way
 JOIN_TIME = 15  # seconds; the claim of a server that is gone is waited for
 
 
@@ -53,10 +52,11 @@ class Builder:
 
     @property
     def node(self):
-        """The node."""
+        """The node: one that takes something new, of the platform that most have."""
         if self._node is None or self._node.away:
             ready = self._nodes.ready()
-            self._node = min(ready, key=lambda node: (node.member.availability != 'active', node.name))
+            count = collections.Counter(node.platform for node in ready)
+            self._node = min(ready, key=lambda node: (not node.is_open, -count[node.platform], node.name))
         return self._node
 
     @property
@@ -67,6 +67,10 @@ class Builder:
     def errors(self):
         """Turn exceptions into ours, as DockerClient does."""
         return self.node.client.errors()
+
+    def progress(self, *arguments):
+        """Yield what the engine says of a push or a pull, as DockerClient does."""
+        return self.node.client.progress(*arguments)
 
     def close(self):
         """End the ways to all nodes."""
@@ -112,6 +116,7 @@ class Nodes:
                              connect) if config.docker_host.startswith('swarm://') else PlainList(
                                  config.docker_host.split(','))
         self.builder = Builder(self)
+        self._distribution = Distribution(config.registry)
         self._nodes = {}  # name -> Node
         self._where = {}  # id of a container -> name of its node
         self._news, self._told = gevent.event.Event(), {}  # what changed, in its order
@@ -154,8 +159,9 @@ class Nodes:
     def health(self):
         """Return ({total, ready} of the nodes, what is wrong with them in words); never waits."""
         away = [node.away for node in self._nodes.values() if node.away]
+        remarks = [node.remark for node in self._nodes.values() if node.remark and not node.away]
         return {'total': len(self._nodes), 'ready': len(self._nodes) - len(away)}, [
-            *([self._why] if self._why else []), *away]
+            *([self._why] if self._why else []), *away, *remarks]
 
     def nodes(self):
         """Return what is known of each node: {node, name, state, availability, address, memory, images,
@@ -167,11 +173,14 @@ class Nodes:
             images = self._each('image_names')
         return [{'node': name, 'name': name, 'state': 'down' if node.away else 'ready',
                  'availability': node.member.availability, 'address': node.member.host, 'memory': node.memory,
-                 'images': images.get(name, []), 'error': node.away} for name, node in self._nodes.items()]
+                 'images': images.get(name, []), 'error': node.away or node.remark}
+                for name, node in self._nodes.items()]
 
     def place(self, draft, workspaces, *, node, constraints):
         """Return the name of the node for a new workspace: of those that take it the one with the most memory
         that is not promised. Raises NoRoom with what each lacks. It never waits."""
+        if not self._nodes:
+            raise EngineUnavailable(self._why or 'No node answers yet.')
         if node and node not in self._nodes:
             raise refusal('node', f'is {quoted(node)}, but there are {either(sorted(self._nodes))}')
         for label in constraints:
@@ -301,8 +310,9 @@ class Nodes:
                 self._tell(Change(node.name))
                 self._listen(node, since)
             except DockerError as error:
-                if node.lose(str(error)):
+                if str(error) != node.why:  # the first reason may be no more than a tunnel that ended
                     log.warning('Node %s: %s', node.name, error)
+                if node.lose(str(error)):
                     self._tell(Change(node.name))
             except Exception as error:
                 log.exception('Following node %s failed; trying again.', node.name)
@@ -520,7 +530,7 @@ class Nodes:
     # Images
 
     def bring(self, image, name, on_line):
-        """See that a node has an image: it is brought through this server from one that has it."""
+        """See that a node has an image: it is brought from one that has it."""
         node = self._node(name)
         with node.bringing:
             if node.call(lambda: node.has_image(image)):
@@ -530,27 +540,9 @@ class Nodes:
             if source is None:
                 raise DockerError(f'No node that answers has the image {image} any more; try again.')
             begun = time.monotonic()
-            node.call(lambda: self._copy(image, source, node, on_line))
+            node.call(lambda: self._distribution.bring(image, source, node, on_line))
             log.info('Image %s was brought from node %s to %s in %.0f s.', image, source.name, name,
                      time.monotonic() - begun)
-
-    def _copy(self, image, source, node, on_line):
-        with source.client.errors(), node.client.errors():
-            size, sent, told_at = source.client.api.inspect_image(image)['Size'], 0, 0
-
-            def pieces():
-                nonlocal sent, told_at
-                for piece in cooperatively(source.client.api.get_image(image)):
-                    sent += len(piece)
-                    if time.monotonic() - told_at > TELL_PAUSE:
-                        told_at = time.monotonic()
-                        on_line(f'Bringing image {image} from node {source.name} to {node.name}: '
-                                f'{sent / 1e6:.0f} of {size / 1e6:.0f} MB')
-                    yield piece
-            for said in node.client.api.load_image(pieces()):
-                if 'error' in said:
-                    raise DockerError(f'Node {node.name} does not take the image {image}: '
-                                      f'{json.dumps(said["error"])}')
 
     def close(self):
         """Follow no node any more."""

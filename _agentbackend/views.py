@@ -137,7 +137,7 @@ def view_health(backend, *, trusted):
         'agents': {name: {'ready': not why, **({'reason': why} if why else {})}
                    for name, why in backend.tasks.agents().items()},
         'workspaces': {'total': statuses.total(), **{status: statuses[status] for status in STATUSES}},
-        'problems': [*keeper.problems.values(), *wrong, *unwritten],
+        'problems': list(dict.fromkeys([*keeper.problems.values(), *wrong, *unwritten])),
         'ports': {kind: {'used': used + pooled[kind], 'total': total}
                   | ({'pool': pooled[kind]} if kinds else {})
                   for kind, (used, total) in state.ports_in_use().items()},

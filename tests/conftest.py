@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from browsing import browser, make_page  # noqa: F401 - fixtures
 from contract import check_answer
-from machines import Machines, Network
+from machines import Machines, Network, Relay
 
 import agentbackend
 from _agentbackend.images import BASE, OWN_BASE_IMAGE
@@ -543,6 +543,19 @@ def machines(tmp_path_factory):
     made = Machines(tmp_path_factory.mktemp('machines'), 3)
     yield made
     made.close()
+
+
+@pytest.fixture
+def make_relay():
+    """A function that makes a Relay to a machine's engine, at an address of loopback."""
+    made = []
+
+    def make(machine, address):
+        made.append(Relay(machine, address))
+        return made[-1]
+    yield make
+    for relay in made:
+        relay.close()
 
 
 @pytest.fixture

@@ -4,19 +4,24 @@ interface."""
 import concurrent.futures
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
 from pathlib import Path
 
 import docker
+import gevent
+import gevent.server
 from helpers import make_certificates
 
 LAN = '192.168.1'  # as the README has it, in a network that nobody else sees
 PORT = 2376  # of each engine, with TLS
+REGISTRY = f'{LAN}.1:5000'
 WAIT = 30  # seconds
 # docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found: /run has
 # its sockets, /etc/docker its identity.
@@ -157,12 +162,13 @@ class Machine:
         keys = self._machines.keys
         with open(self.folder / 'log', 'a') as log:
             self._engine = subprocess.Popen(
-                [*self.inside(), 'env', f'TMPDIR={self.folder}', 'dockerd', '--data-root',
+                [*self.inside(), 'env', f'TMPDIR={self.folder}', 'NO_PROXY=*', 'dockerd', '--data-root',
                  self.folder / 'data', '--exec-root', self.folder / 'exec', '--pidfile',
                  self.folder / 'dockerd.pid', '-H', self.socket, '-H', 'unix:///run/docker.sock',
                  '-H', f'tcp://0.0.0.0:{PORT}', '--tlsverify',
                  '--tlscacert', keys / 'ca.pem', '--tlscert', keys / 'server.pem',
                  '--tlskey', keys / 'server-key.pem',
+                 *self._machines.options.get(self.name, ()),
                  '--exec-opt', 'native.cgroupdriver=cgroupfs', '--cgroup-parent', f'/{self._machines.group}'],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -222,11 +228,85 @@ class Machine:
             subprocess.run([*self._machines.lan.prefix, 'ip', 'link', 'set', self.name, state], check=True)
 
 
+class Registry:
+    """A registry in the network between machines, without TLS; its log says who asked for what. One that is
+    locked takes nobody but the user ada with the password word."""
+
+    def __init__(self, folder, network, address, *, locked=False):
+        self.address, self.log, settings = address, folder / 'log', {
+            'REGISTRY_VERSION': '0.1', 'REGISTRY_HTTP_ADDR': address, 'REGISTRY_LOG_LEVEL': 'error',
+            'REGISTRY_STORAGE_FILESYSTEM_ROOTDIRECTORY': str(folder / 'data')}
+        if locked:
+            users = folder / 'users'
+            users.write_text('ada:$2y$04$abcdefghijklmnopqrstuuB/GrfUOm5dtrEiT8lcouu5XB5ftbWLi\n')
+            settings |= {'REGISTRY_AUTH_HTPASSWD_REALM': 'here', 'REGISTRY_AUTH_HTPASSWD_PATH': str(users)}
+        (folder / 'config').write_text('version: 0.1\nstorage: {filesystem: {}}\n')
+        with self.log.open('w') as log:
+            self._process = subprocess.Popen([*network.prefix, 'docker-registry', 'serve', folder / 'config'],
+                                             env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=log,
+                                             stderr=log)
+        host, _, port = address.partition(':')
+
+        def answers():
+            with contextlib.suppress(OSError), network.entered():
+                socket.create_connection((host, int(port))).close()
+                return True
+            assert self._process.poll() is None, self.log.read_text()
+        until(answers, 'the registry does not answer')
+
+    def count(self, method, path, *, asked_by):
+        """Return how many requests it answered well whose path has a word in it."""
+        lines = self.log.read_text().splitlines()
+        return sum(line.startswith(asked_by.address + ' ') and f'"{method} ' in line and path in line
+                   and ' 20' in line.rpartition('HTTP/1.1"')[2][:4] for line in lines)
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+
+
+class Relay:
+    """A door to the engine of a machine, which alters what comes through it: `changes` are {bytes: as many
+    others} of what the engine says, `refused` {last word of a path: what is answered with a 500}."""
+
+    def __init__(self, machine, address):
+        self.changes, self.refused, self._machine = {}, {}, machine
+        self._server = gevent.server.StreamServer((address, 0), self._serve)
+        self._server.start()
+        self.url = f'tcp://{address}:{self._server.server_port}'
+
+    def _serve(self, client, _):
+        with client, socket.socket(socket.AF_UNIX) as engine:
+            engine.connect(self._machine.socket.removeprefix('unix://'))
+            answering = gevent.spawn(self._answer, engine, client)
+            with contextlib.suppress(OSError):
+                while data := client.recv(65536):
+                    path = data.partition(b' HTTP/1.1')[0].rpartition(b'/')[2].decode()
+                    if path in self.refused:
+                        text = json.dumps({'message': self.refused[path]})
+                        client.sendall(f'HTTP/1.1 500 \r\nContent-Length: {len(text)}\r\n\r\n{text}'.encode())
+                    else:
+                        engine.sendall(data)
+            answering.kill()
+
+    def _answer(self, engine, client):
+        with contextlib.suppress(OSError):
+            while data := engine.recv(65536):
+                for said, heard in self.changes.items():
+                    data = data.replace(said, heard)
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self._server.stop()
+
+
 class Machines:
     """All of them; a server reaches them from the network between them, `lan`."""
 
-    def __init__(self, folder, count):
+    def __init__(self, folder, count, **options):
         self.folder, self.group = folder, f'machines-{os.getpid()}'
+        self.options = options  # name of a machine -> words for its engine
         self.lan = Network()
         subprocess.run([*self.lan.prefix, 'sh', '-c', 'ip link add br0 type bridge && ip addr add '
                         f'{LAN}.1/24 dev br0 && ip link set br0 up'], check=True)

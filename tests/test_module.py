@@ -14,10 +14,10 @@ RULE = re.compile(r'# -{60,}')
 # the top down.
 LAYERS = ('errors', 'timing', 'dockerlog', 'translators', 'agents', 'giturls', 'sshkeys', 'wire',
           'positions', 'schemas', 'config', 'records', 'store', 'mirror', 'state', 'activity', 'dockerclient',
-          'alone', 'engine', 'claim', 'nodes', 'swarm', 'access', 'runs', 'execs', 'detached', 'terminals',
-          'files', 'gitstate', 'repeats', 'images', 'views', 'pages', 'events', 'waits', 'logs', 'probes',
-          'drafts', 'recipe', 'pool', 'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks', 'feeds',
-          'clients', 'server', 'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli', DOOR)
+          'alone', 'engine', 'claim', 'nodes', 'distribution', 'swarm', 'access', 'runs', 'execs', 'detached',
+          'terminals', 'files', 'gitstate', 'repeats', 'images', 'views', 'pages', 'events', 'waits', 'logs',
+          'probes', 'drafts', 'recipe', 'pool', 'workspaces', 'keeper', 'gate', 'routing', 'talks', 'tasks',
+          'feeds', 'clients', 'server', 'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli', DOOR)
 # They stand apart: clients over HTTP, each of which pays for what it imports only when it needs that.
 APART = {'remote', 'transfer', 'console', 'shapes', 'mcp', 'cli'}
 HOMES = {  # foreign library -> the files that may use it

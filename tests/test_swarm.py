@@ -1,7 +1,9 @@
 """Workspaces on three machines, of which one may be cut off, crash, or lose its power."""
+import base64
 import collections
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,18 +14,31 @@ import pytest
 from agents import begin, ended, transcript
 from browsing import open_dashboard
 from conftest import objects_of
-from helpers import all_ready, delete, nodes, refusal, verb, wait_gone
-from machines import SSHD, make_ssh
+from helpers import all_ready, delete, make_certificates, nodes, refusal, verb, wait_gone
+from machines import REGISTRY, SSHD, Machines, Registry, make_ssh
 from playwright.sync_api import expect
 from streaming import Sse, receive, send
 
+from _agentbackend.dockerclient import DockerClient
+from _agentbackend.errors import EngineUnavailable
+
 LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
           'off': lambda machine: machine.off()}
+# For engines that are reached from this machine.
+NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
 # Seconds that a node is away at least; a minute is more than any connection lives through.
 AWAY = float(os.environ.get('AWAY', '0'))
 # A program that is none of ours, on a port.
 LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
           "print('there', flush=True); time.sleep(60)")
+
+
+@pytest.fixture(scope='module')
+def machines(tmp_path_factory):
+    trusting = ['--insecure-registry', REGISTRY]  # n3 does not
+    made = Machines(tmp_path_factory.mktemp('machines'), 3, n1=trusting, n2=trusting)
+    yield made
+    made.close()
 
 
 def create_at_once(server, *bodies):
@@ -178,7 +193,50 @@ def check_back(server, made, lost, loss):
     assert objects_of(lost.client, server.instance) == []
 
 
-# What is shown
+# What is wrong with a node
+
+def test_what_keeps_certificates_from_fitting_is_told(serve, machines, tmp_path):
+    ours, others = machines.keys, make_certificates(tmp_path / 'others')
+    mixed, lame = tmp_path / 'mixed', tmp_path / 'lame'
+    shutil.copytree(others, mixed)
+    shutil.copy(ours / 'ca.pem', mixed)
+    shutil.copytree(ours, lame)
+    (lame / 'key.pem').write_text('none')
+    url, socket_of = machines[1].url, f'unix://{machines[1].folder}/docker.sock'
+    for address, folder, words in (
+            (url, others, r'certificate verify failed.*See that ca\.pem in DOCKER_CERT_PATH'),
+            (url, mixed, r'does not take cert\.pem in DOCKER_CERT_PATH'),
+            (url, lame, r'DOCKER_CERT_PATH has to be a folder with ca\.pem, cert\.pem and key\.pem'),
+            (url, tmp_path, r'DOCKER_CERT_PATH has to be a folder'),
+            (url, '', r'sent an HTTP request to an HTTPS server.*set DOCKER_TLS_VERIFY=1')):
+        client = DockerClient(host=address, tls_verify='1' if folder else '', cert_path=str(folder))
+        with machines.lan.entered(), pytest.raises(EngineUnavailable, match=words):
+            client.ping()
+        client.close()
+    # With another authority's, whoever needs none goes on.
+    server = serve(DOCKER_HOST=f'{socket_of},{machines[2].url}', DOCKER_CERT_PATH=str(others))
+    error = nodes(server)[machines[2].address]['error']
+    assert f'Node {machines[2].address} does not answer since' in error and 'verify failed' in error
+    assert server.create('anyway')['node'] == 'local'
+
+
+def test_an_engine_that_is_too_old_and_one_of_another_platform_are_states_of_that_node(serve, machines,
+                                                                                     make_relay):
+    # There are none of those here: what another one says of itself is altered on its way.
+    old, other = make_relay(machines[3], '127.0.0.2'), make_relay(machines[3], '127.0.0.3')
+    old.changes[b'"ApiVersion":"1.41"'] = b'"ApiVersion":"1.40"'
+    other.changes[b'"Architecture":"x86_64"'] = b'"Architecture":"armv7l"'
+    server = serve(network=None, **NO_TLS, DOCKER_HOST=','.join(
+        [machines[1].socket, machines[2].socket, old.url, other.url]))
+    server.until(lambda: [node['state'] for node in nodes(server).values()].count('ready') == 3)
+    error = nodes(server)['127.0.0.2']['error']
+    assert f'Docker at {old.url} is too old: its API is 1.40, and 1.41 is needed' in error
+    status, code, error = refusal(server, name='there', node='127.0.0.3')
+    assert (status, code) == (503, 'NO_ROOM') and '127.0.0.3 runs linux/armv7l, not linux/x86_64' in error
+    assert server.create('here')['node'] in ('local', machines[2].socket.partition('://')[2])
+    del old.changes[b'"ApiVersion":"1.41"']  # it was updated
+    server.until(lambda: 'It is the same engine' in nodes(server)['127.0.0.2']['error'])
+
 
 def test_the_dashboard_names_the_node(serve, machines, make_page):
     # A browser reaches no other network, and what is on those machines is not ready for one here.
@@ -189,6 +247,91 @@ def test_the_dashboard_names_the_node(serve, machines, make_page):
     open_dashboard(page, server, f"#/w/{workspace['id']}")
     expect(page.locator('#workspaces .about')).to_contain_text(' · local')
     expect(page.locator('#facts')).to_contain_text('Nodelocal')
+
+
+# Images by way of a registry
+
+@pytest.fixture
+def make_registry(machines, tmp_path):
+    made = []
+
+    def make(**settings):
+        (tmp_path / 'registry').mkdir()
+        made.append(Registry(tmp_path / 'registry', machines.lan, REGISTRY, **settings))
+        return made[-1]
+    yield make
+    for registry in made:
+        registry.close()
+
+
+def names_of(machine):
+    """Return all names that images have on a machine, {id: names}."""
+    return {image['Id']: (image['RepoTags'] or []) + (image['RepoDigests'] or [])
+            for image in machine.client.api.images()}
+
+
+def test_layers_that_are_there_are_not_sent_again(serve, machines, make_registry, own_templates):
+    registry, (folder, add) = make_registry(), own_templates
+    add('one')
+    add('two', 'COPY entry /two')
+    first, second, third = machines.all
+    server = serve(TEMPLATES_DIR=str(folder), REGISTRY=f'{REGISTRY}/dev')
+    server.until(lambda: all_ready(server))
+    sent = []
+    for name in ('one', 'two'):
+        item = server.create(name, template=name, node=second.address)
+        said = build_output(server, item)
+        assert f'by way of {REGISTRY}/dev' in said and ' MB so far' in said
+        tag = server.get('/health')['templates'][name]['image']
+        image = first.client.api.inspect_image(tag)
+        assert names_of(second)[image['Id']] == names_of(first)[image['Id']] == [tag]
+        sent.append((len(image['RootFS']['Layers']), registry.count('GET', '/blobs/', asked_by=second),
+                     registry.count('PUT', '/blobs/', asked_by=first)))
+    (layers, got, put), (more, got_more, put_more) = sent
+    assert more == layers + 1 > 2 and got == put == layers + 1  # the last is the configuration
+    assert got_more == got + 2 and put_more == put + 2
+    # A node that does not trust it gets the whole image, and says so until it is seen to.
+    item = server.create('whole', template='two', node=third.address)
+    said = build_output(server, item)
+    error = nodes(server)[third.address]['error']
+    assert error in said and error in server.get('/health')['problems']
+    assert f'Node {third.address} can not pull an image from REGISTRY={REGISTRY}/dev' in error
+    assert f'name {REGISTRY} in "insecure-registries" of /etc/docker/daemon.json on {third.address}' in error
+    assert names_of(third)[image['Id']] == [tag]
+    assert [node['error'] for node in nodes(server).values()].count(None) == 2
+    assert nodes(server)[third.address]['state'] == 'ready'
+
+
+def build_output(server, workspace):
+    """Return what is said of a workspace until it runs."""
+    said = []
+    with Sse(server, f"/api/workspaces/{workspace['id']}/events", timeout=30) as stream:
+        for event in stream:
+            said.append(event['data'].get('message') or '')
+            if event['data'].get('status') == 'running':
+                return '\n'.join(said)
+
+
+def test_a_registry_that_does_not_take_an_image_is_told(serve, machines, make_registry, own_templates,
+                                                        tmp_path):
+    registry, (folder, add), first = make_registry(locked=True), own_templates, machines[1].address
+    for name in ('shut', 'open', 'gone'):
+        add(name, f'LABEL is={name}')
+    server = serve(TEMPLATES_DIR=str(folder), REGISTRY=REGISTRY, DOCKER_CONFIG=str(tmp_path))
+    server.until(lambda: all_ready(server))
+    server.running('shut', template='shut', node=machines[2].address)
+    error = nodes(server)[first]['error']
+    assert f'Node {first} can not push an image to REGISTRY={REGISTRY}' in error
+    assert f'docker login {REGISTRY}' in error
+    login = {'auths': {REGISTRY: {'auth': base64.b64encode(b'ada:word').decode()}}}
+    (tmp_path / 'config.json').write_text(json.dumps(login))
+    server.running('open', template='open', node=machines[2].address)
+    assert [node['error'] for node in nodes(server).values()] == [None] * 3
+    assert registry.count('PUT', '/manifests/', asked_by=machines[1]) == 1
+    registry.close()
+    server.running('gone', template='gone', node=machines[2].address)
+    error = nodes(server)[first]['error']
+    assert 'connection refused' in error and f'that {first} reaches it' in error
 
 
 # Names and ports
@@ -303,6 +446,14 @@ def test_an_engine_is_reached_by_ssh(make_server, docker_client, base_image, tmp
         assert len(tunnels) == 1
         os.kill(tunnels[0], signal.SIGKILL)  # it comes anew
         server.until(lambda: tunnels_to('near') not in ([], tunnels))
+        server.until(lambda: all_ready(server))
+        (home / 'known').write_text(f"[{address}]:2200 {(home / 'id.pub').read_text()}")
+        os.kill(tunnels_to('near')[0], signal.SIGKILL)
+        server.until(lambda: 'HOST IDENTIFICATION HAS CHANGED' in str(nodes(server)))
+        assert 'ssh-keygen -f' in nodes(server)['near']['error']  # the way out, as ssh tells it
+        warned = [line for line in server.log.read_text().splitlines() if ' WARNING Node near: ' in line]
+        assert 'IDENTIFICATION HAS CHANGED' in warned[-1] and not any('/sock' in line for line in warned)
+        (home / 'known').write_text(f'[{address}]:2200 {(home / "host.pub").read_text()}')
         server.until(lambda: all_ready(server))
         verb(server, 'behind', 'restart')
         server.wait_status('behind', 'running')

@@ -9,6 +9,7 @@ import pytest
 import requests
 from helpers import all_ready, nodes, refusal, verb
 
+NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
 AWAY = float(os.environ.get('AWAY', '0'))  # seconds that a node is drained at least
 
 
@@ -31,10 +32,14 @@ def set_node(machine, name, **changes):
     node.update(node.attrs['Spec'] | changes)
 
 
-def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm):
+def test_a_swarm_names_the_nodes_and_says_which_take_something_new(serve, swarm, own_templates):
+    own_templates[1]('apart')
+    set_node(swarm[1], 'n1', Labels={'agentbackend': 'no'})
     set_node(swarm[1], 'n3', Labels={'disk': 'ssd', 'agentbackend.host': swarm[3].address})
-    server = through_swarm(serve, swarm)
-    fast = server.running('fast', constraints={'disk': 'ssd'})
+    server = through_swarm(serve, swarm, TEMPLATES_DIR=str(own_templates[0]))
+    fast = server.running('fast', template='apart', constraints={'disk': 'ssd'})
+    assert {name for name, node in nodes(server).items() if 'apart' in str(node['images'])} == {'n2', 'n3'}
+    set_node(swarm[1], 'n1', Labels={})
     assert fast['node'] == 'n3' and f'//{swarm[3].address}:' in fast['codeServerUrl']
     others = [server.running(kind, type=kind, node='n3') for kind in ('temporary', 'agent')]
     status, code, error = refusal(server, name='slow', constraints={'disk': 'hdd'})
@@ -106,9 +111,27 @@ def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
 
 def test_a_manager_that_is_none_is_told(serve):
     server = serve(DOCKER_HOST='swarm:///var/run/docker.sock', connected=False)
-    problem = server.until(lambda: server.get('/health')['problems'])[0]
+    [problem] = server.until(lambda: server.get('/health')['problems'])
     assert 'is no manager of a swarm' in problem and server.get('/health')['docker'] == 'disconnected'
     assert server.get('/api/nodes') == []
+
+
+def test_a_swarm_without_a_leader_is_told_at_the_start_and_waited_for(serve, swarm, make_relay):
+    # One that has lost most of its managers takes a minute to come back: only its words are real here.
+    relay = make_relay(swarm[1], '127.0.0.2')
+    relay.refused['nodes'] = 'The swarm does not have a leader. Make sure more than half are online.'
+    server = serve(network=None, connected=False, DOCKER_HOST=f'swarm://{relay.url},{relay.url}',
+                   NODE_ENGINES=f'unix://{swarm.folder}/{{name}}/docker.sock', **NO_TLS)
+    [problem] = server.until(lambda: server.get('/health')['problems'])
+    assert problem == f'No manager names the nodes of the swarm: {relay.refused["nodes"]}'
+    assert server.get('/health')['docker'] == 'disconnected' and server.get('/api/nodes') == []
+    for wish in ({}, {'node': 'n1'}):
+        status, code, error = refusal(server, name='early', **wish)
+        assert (status, code) == (503, 'DOCKER_ERROR') and 'does not have a leader' in error
+    relay.refused.clear()
+    server.until(lambda: set(nodes(server)) == {'n1', 'n2', 'n3'} and all_ready(server))
+    server.until(lambda: server.get('/health')['docker'] == 'connected')
+    assert server.get('/health')['problems'] == []
 
 
 def test_an_engine_that_is_listed_twice_and_one_without_our_certificate_are_states_of_that_node(
