@@ -87,7 +87,7 @@ def test_without_its_leader_the_swarm_is_as_it_was(serve, swarm):
         leader.name: 'down', gone.name: 'down', last.name: 'ready'}
     living = f'on-{last.name}'
     said = server.call('GET', f'/api/workspaces/{living}/logs')
-    assert said.text.startswith('tiny is up\n')
+    assert said.text.startswith('workspace: started in tiny\n')
     verb(server, living, 'restart')
     server.wait_status(living, 'running')
     begun = time.monotonic()
