@@ -150,9 +150,9 @@ def test_ports_of_another_servers_stopped_workspace_are_not_taken(make_server):
     verb(one, 'sleeper', 'stop')
     one.wait_status('sleeper', 'stopped')
     second = two.running('neighbour')
-    assert ports_of(first) == (EDITOR, SSH, {}) and ports_of(second) == (EDITOR + 1, SSH + 1, {})
+    assert not {*ports_of(first)[:2]} & {*ports_of(second)[:2]}
     verb(one, 'sleeper', 'start')
-    assert one.wait_status('sleeper', 'running')['codeServerPort'] == EDITOR
+    assert ports_of(one.wait_status('sleeper', 'running')) == ports_of(first)
 
 
 def test_two_servers_that_create_at_once_neither_collide_nor_see_each_other(make_server):
