@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import gevent
 import gevent.event
 
+from _agentbackend.dockerclient import Container
 from _agentbackend.engine import MEMBER, PREFIX
 from _agentbackend.errors import BackendError, DockerError, EngineUnavailable, MissingOnEngine
 from _agentbackend.probes import Start
@@ -62,7 +63,7 @@ class Member:
     id: str
     kind: str
     made_of: str
-    container_id: str
+    container: Container
     ports: dict = field(default_factory=dict)
     node: str = ''
     sick: int = 0
@@ -156,11 +157,11 @@ class Pool:
 
     def _look_after(self):
         for member in list(self._members.values()):
-            kind, container = self._kinds.get(member.kind), self._engine.inspect(member.container_id)
+            kind, container = self._kinds.get(member.kind), self._engine.inspect(member.container.id)
             if kind is None or container is None or not container.up or not self._is_current(kind, member):
                 self._drop(member)
                 continue
-            answers = self._probes.health(member, member.container_id) is not None
+            answers = self._probes.health(member, container.id) is not None
             member.sick = 0 if answers else member.sick + 1
             if member.sick >= MAX_SICK:
                 log.warning('A %s that waits in the pool answers no more and is made anew.', member.kind)
@@ -200,8 +201,7 @@ class Pool:
         try:
             kind, made_of = container.labels[MEMBER].split()
             ports = json.loads(container.labels[f'{PREFIX}.ports'])
-            member = Member(container.labels[f'{PREFIX}.id'], kind, made_of, container.id, ports,
-                            container.node)
+            member = Member(container.labels[f'{PREFIX}.id'], kind, made_of, container, ports, container.node)
             is_free = container.ports == set(ports.values()) and kind in self._kinds
         except (KeyError, ValueError, AttributeError):
             return None
@@ -246,11 +246,11 @@ class Pool:
         self._state.propose(draft, taken_ports=taken | self.ports(), is_free=self._recipe.is_free,
                             spare=SPARE_PORTS)
         self._made_now, self._ports_now = draft.id, set(draft.ports.values())
-        member = Member(draft.id, kind.name, self._made_of(kind, tag), '', draft.ports, draft.node)
+        made_of = self._made_of(kind, tag)
         try:
-            member.container_id = self._start(draft, tag, f'{kind.name} {member.made_of}')
-            self._wait_until_it_waits(draft, member.container_id)
-            return member
+            container_id = self._start(draft, tag, f'{kind.name} {made_of}')
+            container = self._wait_until_it_waits(draft, container_id)
+            return Member(draft.id, kind.name, made_of, container, draft.ports, draft.node)
         except BaseException:
             self._engine.remove(draft.id)
             raise
@@ -270,6 +270,7 @@ class Pool:
         return container_id
 
     def _wait_until_it_waits(self, draft, container_id):
+        """Return its Container then."""
         start, until = Start(container_id), time.monotonic() + self._config.ready_timeout
         while True:
             container = self._engine.inspect(container_id)
@@ -280,7 +281,7 @@ class Pool:
                 raise DockerError('The code-server of its image is another one inside than that of '
                                   'templates/base, and cannot wait for an owner.')
             if start.waits and self._probes.health(draft, container_id) is not None:
-                return
+                return container
             if time.monotonic() > until:
                 raise DockerError('It did not come to wait for an owner within '
                                   f'READY_TIMEOUT={self._config.ready_timeout} s.')

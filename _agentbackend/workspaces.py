@@ -71,7 +71,7 @@ class Workspaces:
         self._once = {}
         self._told = {}  # id -> the files that its container was given when it was made
         self.pool = Pool(config, state, engine, templates, self.recipe, probes)
-        self._fresh = set()  # ids of those that were given a member of the pool by this process
+        self._fresh = {}  # id -> the Container of a member of the pool that it was given by this process
         self._worked_at = 0  # when a job was at work at the last
         # Id -> the turn of those who change it: what one has merged, the next must find.
         self._turns = collections.defaultdict(lambda: gevent.lock.BoundedSemaphore(1))
@@ -104,7 +104,7 @@ class Workspaces:
         place = functools.partial(self._engine.place, node=body.get('node', ''),
                                   constraints=body.get('constraints', {}))
         if member is not None:
-            record.id, record.ports, record.container_id = member.id, member.ports, member.container_id
+            record.id, record.ports, record.container_id = member.id, member.ports, member.container.id
             record.warm = True
         while True:
             try:
@@ -121,7 +121,7 @@ class Workspaces:
                 raise
             else:
                 if member is not None:
-                    self._fresh.add(workspace.id)
+                    self._fresh[workspace.id] = member.container
                 return workspace
 
     def start(self, id_or_name):
@@ -349,8 +349,7 @@ class Workspaces:
         """Return the id of the workspace's container, started, and made if there is none; and what it has
         said of that."""
         workspace = self._still(workspace_id, CREATING, cancelled)
-        container = (self._engine.inspect(workspace.container_id) if workspace_id in self._fresh
-                     else self._engine.find(workspace_id))
+        container = self._fresh.get(workspace_id) or self._engine.find(workspace_id)
         if workspace.warm and not workspace.ever_ran:
             said = self._hand_over(workspace, container, cancelled) if container is not None else None
             if said is not None:
@@ -388,7 +387,7 @@ class Workspaces:
                 return b''
             if workspace.has_credentials:
                 return None
-        self._fresh.discard(workspace.id)
+        self._fresh.pop(workspace.id, None)
         try:
             self._engine.create_volume(self._engine.hold_of(workspace.id), self.recipe.labels(workspace))
             self._engine.rename(container, self.recipe.name(workspace.name))
@@ -456,8 +455,8 @@ class Workspaces:
         while True:
             workspace = self._still(workspace_id, CREATING, cancelled)
             waited = time.monotonic() - begun
-            if start.is_up and self._probes.health(workspace, start.container_id) is not None:
-                return True  # as was heard when it was handed over
+            if start.is_up:  # a member of the pool, whose editor was there before, has just said so
+                return True
             if time.monotonic() - looked_at >= INSPECT_PAUSE:
                 container, looked_at = self._engine.inspect(start.container_id), time.monotonic()
             if container is None:
@@ -525,7 +524,7 @@ class Workspaces:
     def _forget(self, workspace_id):
         self._once.pop(workspace_id, None)
         self._told.pop(workspace_id, None)
-        self._fresh.discard(workspace_id)
+        self._fresh.pop(workspace_id, None)
         self._turns.pop(workspace_id, None)
         self._events.publish('status', workspace_id, DELETED)
         self._events.forget(workspace_id)

@@ -191,7 +191,7 @@ class Plain:
         self._bench, self._network = bench, f'agentbackend-{server.instance}'
         self.image = next(item['image'] for item in server.get('/api/templates')
                           if item['name'] == template)
-        self._cpus = min(2, bench.client.info()['NCPU'])
+        self._cpus, self._given = min(2, bench.client.info()['NCPU']), set()
         self._files = bench.folder / f'files-of-{template}'
         self._files.mkdir(exist_ok=True)
         for name, text in (('password', 'secret\n'), ('authorized_keys', ''), ('env', ''),
@@ -201,7 +201,7 @@ class Plain:
     def docker_run(self):
         """Return the ms from the call of `docker run` until editor and SSH answer, probed once it has
         returned."""
-        name, ports = self._name(), (free_port(), free_port())
+        name, ports = self._name(), (self._port(), self._port())
         command = ['docker', 'run', '--detach', '--name', name, '--init', '--network', self._network,
                    '--volume', f'{name}:/workspace', '--volume', f'{name}-home:/home/dev', '--memory', '4g',
                    '--cpus', str(self._cpus), '--pids-limit', '4096', '--shm-size', '1g',
@@ -219,7 +219,7 @@ class Plain:
 
     def docker_py(self, pause=0.005):
         """Return the same by raw calls of docker-py, without `docker run` around them."""
-        api, name, ports = self._bench.client.api, self._name(), (free_port(), free_port())
+        api, name, ports = self._bench.client.api, self._name(), (self._port(), self._port())
         begun = time.perf_counter()
         host_config = api.create_host_config(
             binds=[f'{name}:/workspace', f'{name}-home:/home/dev'], network_mode=self._network, init=True,
@@ -233,6 +233,13 @@ class Plain:
         api.start(made['Id'])
         wait_ready(*ports, pause=pause)
         return (time.perf_counter() - begun) * 1000
+
+    def _port(self):
+        """Return a free port that no other container of ours will have: many are started at once."""
+        while (port := free_port()) in self._given:
+            pass
+        self._given.add(port)
+        return port
 
     def _name(self):
         return f'{self._bench.prefix}-{uuid.uuid4().hex[:8]}'

@@ -1,9 +1,10 @@
 """POST to ready, which is when editor and SSH both answer: cold and warm against `docker run` of the same
 image, and many at once.
 
-The half of `docker run` begins when it is called, and is probed when it has returned; a create is asked with
-`wait=running`, and is probed when that is answered: who probes a container that starts slows it, and sshd of
-one that was made ahead answers before it knows its owner's key.
+The half of `docker run` begins when it is called, and is probed when it has returned; a cold create is asked
+with `wait=running`, and is probed when that is answered, since who probes a container that starts slows it.
+Of one that was made ahead, sshd answers a moment before it knows its owner's key, so the time until `running`
+is measured beside.
 All are deleted at the end: a delete slows the create after it.
 """
 import itertools
@@ -16,7 +17,7 @@ from .common import Http, Plain, percentile, turn_about, wait_ready
 TITLE = 'From POST to a ready workspace'
 TEMPLATES = ('blank', 'bun-typescript')
 REST = 1.0  # seconds between two of them
-COLD, ROUNDS, CLAIMS, MEMBERS = 10, 4, 7, 8
+COLD, ROUNDS, CLAIMS, MEMBERS = 10, 6, 8, 8
 AT_ONCE = {2: 2, 4: 2, 8: 1}  # claims at once: how often
 MANY = 50
 
@@ -30,18 +31,20 @@ def measure(bench, section):
 class Creates:
     """Creates workspaces of a template, each under a name of its own."""
 
-    def __init__(self, server, template, prefix='made'):
+    def __init__(self, server, template, prefix='made', *, waits=True, probes=True):
         self.http, self._server, self._template, self._prefix = Http(server.port), server, template, prefix
+        self._path, self._probes = '/api/workspaces' + '?wait=running' * waits, probes
         self._numbers, self.names = itertools.count(), []
         self.cold = 0  # how many did not come from the pool
 
     def __call__(self, http=None, pause=0.005):
-        """Return the ms from POST until editor and SSH answer."""
+        """Return the ms from POST until editor and SSH answer, or until it is answered itself."""
         self.names.append(name := f'{self._prefix}-{next(self._numbers)}')
         begun = time.perf_counter()
         http = http or self.http
-        made = http('POST', '/api/workspaces?wait=running', {'name': name, 'template': self._template})
-        wait_ready(made['codeServerPort'], made['sshPort'], pause=pause)
+        made = http('POST', self._path, {'name': name, 'template': self._template})
+        if self._probes:
+            wait_ready(made['codeServerPort'], made['sshPort'], pause=pause)
         self.cold += not made.get('warm')
         return (time.perf_counter() - begun) * 1000
 
@@ -74,27 +77,32 @@ def cold(bench, section):
 def warm(bench, section):
     for template in TEMPLATES:
         with bench.served(WARM_POOL=f'{template}:{MEMBERS}') as server:
-            create = Creates(server, template)
+            create = Creates(server, template, waits=False)
+            running = Creates(server, template, 'told', probes=False)
             plain = Plain(bench, server, template)
             if template not in (create.http('GET', '/health').get('pool') or {}):
                 section.remark(f'Warm creates of {template} were not measured: this server has no pool.')
                 continue
             create.http.running('first', template=template, ssh=False)
-            ours, theirs = [], []
+            ours, told, theirs = [], [], []
             with section.watching(server, f'claims of {template}'):
                 for _ in range(ROUNDS):
                     wait_full(server, create.http, template)
                     theirs.append(plain.docker_run())
                     gevent.sleep(REST)
-                    for _ in range(CLAIMS):
+                    for _ in range(CLAIMS // 2):
                         ours.append(create())
                         gevent.sleep(0.3)  # the refill begins later
+                        told.append(running())
+                        gevent.sleep(0.3)
             section.compare(f'create, warm, {template}', ours, 'docker run', theirs, head=True)
+            section.compare(f'create, warm, {template}, until running', told, 'docker run', theirs, head=True)
             if template == TEMPLATES[0]:
                 claims_at_once(section, server, create, template, ours)
-            if create.cold:
-                section.remark(f'{create.cold} of {len(create.names)} warm creates of {template} found no '
-                               'member, and were cold.')
+            missed, asked = create.cold + running.cold, len(create.names + running.names)
+            if missed:
+                section.remark(f'{missed} of {asked} warm creates of {template} found no member, and were '
+                               'cold.')
 
 
 def claims_at_once(section, server, create, template, alone):

@@ -82,7 +82,7 @@ setattr(OWNERS[owner], name, killing)
 # Each step of a claim, and whether a server that has lost its state file can know that there was one.
 STEPS = {'reserved': (['State.reserve'], False), 'written': (['State.try_flush'], False),
          'held': (['Engine.create_volume', '-hold'], False), 'renamed': (['Engine.rename'], False),
-         'told': (['Engine.tell'], True), 'up': (['Probes.health', "claimed'"], True),
+         'told': (['Engine.tell'], True), 'up': (['Probes.meter'], True),
          'running': (['Workspaces._set_status', "'running'"], True), 'kept': (['Engine.keep_running'], True)}
 
 
