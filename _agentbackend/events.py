@@ -10,7 +10,7 @@ import gevent
 
 from _agentbackend.positions import LAST_LINE, Cursor, event_id_of
 from _agentbackend.records import DELETING
-from _agentbackend.views import view_event, view_frames, view_lines, view_sse, view_steps
+from _agentbackend.views import to_json, view_event, view_frames, view_lines, view_sse, view_steps
 
 RING_BYTES = 4 * 2**20  # of what a topic holds, as it is sent
 OVERHEAD = 300  # bytes of an event on the wire, beside what it says
@@ -97,21 +97,25 @@ class Lines(Batch):
 
 class Steps(Batch):
     """Events of a task, (place, type, data, seconds); `id_of` gives their ids from their places, and
-    `shown()` what `view_steps` makes of them."""
+    `shown` is what `view_steps` makes of them, or comes with the size from a batch `like` this one."""
 
     is_end, text = False, ''
 
-    def __init__(self, run, steps, id_of, shown=None):
+    def __init__(self, run, steps, id_of, shown=None, *, like=None):
         self.workspace_id, self.last_id = run.workspace_id, id_of(steps[-1][0])
         self.run, self.steps, self.id_of = run, steps, id_of
-        self.shown = shown or (lambda: view_steps(run, steps))
+        if like is not None:
+            self.shown, self.size = like.shown, like.size
+            return
+        self.shown = shown or view_steps(run, steps)
         # A small number or list takes some ten times the room of its text.
-        self.size = sum(OVERHEAD + sum(len(value) if isinstance(value, str) else 10 * len(repr(value))
-                                       for value in data.values()) for _, _, data, _ in steps)
+        self.size = OVERHEAD * len(steps) + sum([
+            len(value) if isinstance(value, str) else 10 * len(repr(value))
+            for _, _, data, _ in steps for value in data.values()])
 
     def rows(self):
         """Yield (id, JSON) of each event."""
-        for place, start, end in self.shown():
+        for place, start, end in self.shown:
             event_id = self.id_of(place)
             yield event_id, f'{start}{event_id}{end}'
 
@@ -191,6 +195,7 @@ class Events:
     def __init__(self, state, secrets=()):
         self._state = state
         self._secrets = [secret for secret in secrets if len(secret) >= 6]
+        self._in_json = [to_json(secret)[1:-1] for secret in self._secrets]
         self._topics = {}
 
     def topic(self, name):
@@ -226,14 +231,21 @@ class Events:
         session."""
         cursor = self.topic(run.workspace_id).cursor
         now, session = time.time(), self.topic(('session', run.session_id))
-        steps = [(place, kind, self.redact(data), at or now) for place, kind, data, at in steps]
-        shown = functools.cache(lambda: view_steps(run, steps))  # once for both
-        self.topic(run.workspace_id).put(Steps(run, steps, cursor.ids_of(run.serial), shown))
-        session.put(Steps(run, steps, event_id_of, shown))
+        steps = [(place, kind, data, at or now) for place, kind, data, at in steps]
+        shown = view_steps(run, steps)
+        if self._is_secret(''.join([end for _, _, end in shown])):  # JSON may have hidden it in its line
+            steps = [(place, kind, self.redact(data), at) for place, kind, data, at in steps]
+            shown = view_steps(run, steps)
+        batch = Steps(run, steps, cursor.ids_of(run.serial), shown)
+        self.topic(run.workspace_id).put(batch)
+        session.put(Steps(run, steps, event_id_of, like=batch))
         session.forgotten = steps[-1][0][1] == LAST_LINE
         cursor.tell(run.serial, *steps[-1][0][1:])
         if session.forgotten:
             gevent.spawn_later(LINGER, self._let_go, ('session', run.session_id))
+
+    def _is_secret(self, text):
+        return any(secret in text for secret in self._in_json)
 
     def redact(self, value):
         """Return a value with every known secret struck out of its texts."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 MAX_LINE = 32 * 2**20  # bytes; a longer one is left out
 MAX_WORDS = 8192  # characters of one message
-MAX_FIELDS = 50  # of one event
+MAX_FIELDS, MAX_NAME = 50, 100  # of one event, characters of a name of one
 MAX_STEPS = 1000  # of a plan; each that is told makes us look at all of them
 MAX_PARTS = 1_000_000  # of one line
 MAX_NUMBER = 10**15  # of anything that an agent counts; JavaScript reads it exactly
@@ -96,10 +96,12 @@ DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 def bounded(value):
     """Return a value of an event so that it is neither large nor deep; if it was, as text."""
+    if isinstance(value, str):
+        return value if len(value) <= MAX_WORDS else shorten(value)
     if isinstance(value, (dict, list)):
         text = json.dumps(value, ensure_ascii=False)
         return value if len(text) <= MAX_WORDS and text.count('[') + text.count('{') <= 100 else shorten(text)
-    return shorten(value) if isinstance(value, str) else value
+    return value
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class CommandLines:
         if record is None or record.get('type') not in self.KINDS or not isinstance(
                 record.get('data', {}), dict):
             return [('message', {'message': shorten(text)})] if text.strip() else []
-        data = {shorten(key, 100): bounded(value)
+        data = {key if len(key) <= MAX_NAME else shorten(key, MAX_NAME): bounded(value)
                 for key, value in list(record.get('data', {}).items())[:MAX_FIELDS]}
         if record['type'] in ('log', 'message'):
             data['message'] = shorten(data.get('message', ''))
@@ -414,14 +416,15 @@ class RunReader:
             self.status = parse_status(text)
             return []
         pieces = self._pieces[stream.lower()]
-        pieces.add(text)
-        if stream.isupper():
-            return []
-        whole = pieces.take()
+        if pieces.parts or stream.isupper() or len(text) > MAX_LINE:
+            pieces.add(text)
+            if stream.isupper():
+                return []
+            text = pieces.take()
         if self.count <= self._skip:
             return []
         return [((self.number, self.count, index), kind, data, int(stamp) / 1000 if stamp else None)
-                for index, (kind, data) in enumerate(self._events(stream, whole))]
+                for index, (kind, data) in enumerate(self._events(stream, text))]
 
     def _events(self, stream, line):
         if line is None:
