@@ -385,7 +385,7 @@ def test_a_server_that_is_killed_knows_the_same_though_a_node_is_away(serve, mac
 
 # A task
 
-def test_a_task_goes_on_though_its_node_is_cut_off_and_ends_with_its_power(serve, machines, agents_template):
+def test_a_task_goes_on_though_its_node_is_cut_off_and_ends_with_its_engine(serve, machines, agents_template):
     folder, base = agents_template
     count = int(60 + 5 * AWAY)
     step = '{\\"type\\":\\"message\\",\\"data\\":{\\"message\\":\\"$n\\"}}'
@@ -411,13 +411,21 @@ def test_a_task_goes_on_though_its_node_is_cut_off_and_ends_with_its_power(serve
     events = transcript(server, 'counted')
     numbers = [event['data']['message'] for event in events if event['type'] == 'message']
     assert numbers == [str(number + 1) for number in range(count)]
-    begin(server, 'count', sessionId='lost')
-    machines[1].off()
-    server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
-    assert server.get('/api/agent/sessions/lost')['state'] == 'running'
-    time.sleep(AWAY)
-    machines[1].start()
-    assert ended(server, 'lost')['state'] == 'failed'
+    for loss in ('crash', 'off'):  # without live-restore, an engine that comes back ends what ran before
+        begin(server, 'count', sessionId=loss)
+        LOSSES[loss](machines[1])
+        server.until(lambda: nodes(server)[machines[1].address]['state'] == 'down')
+        assert server.get(f'/api/agent/sessions/{loss}')['state'] == 'running'
+        time.sleep(AWAY)
+        machines[1].start()
+        assert ended(server, loss)['state'] == 'failed'
+        assert [event['type'] for event in transcript(server, loss)].count('error') == 1
+        if loss == 'crash':
+            server.until(lambda: all_ready(server))
+            time.sleep(2)  # a sweep
+            if server.wait_status('work', 'running', 'stopped')['status'] == 'stopped':
+                verb(server, 'work', 'start')
+            server.wait_status('work', 'running')
 
 
 # An engine behind ssh
