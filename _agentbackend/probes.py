@@ -11,7 +11,7 @@ import gevent
 from _agentbackend.config import EVERYWHERE
 from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.engine import CODE_SERVER_PORT, HEARS, SSH_PORT
-from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine
+from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine, UnreadableLog
 from _agentbackend.timing import parse_time
 
 log = logging.getLogger('agentbackend')
@@ -20,6 +20,7 @@ PROBE_TIMEOUT = 3  # seconds that a workspace has to say that it is well
 EXIT_CLONE_FAILED, EXIT_WANTS_PORTS = 65, 66  # of the entrypoint
 LAST_WORDS = 6  # lines of a container's output that an error quotes
 LAST_LINES = 30  # that are looked through for them
+MANY_LINES = 1000  # that are looked through where a log can be read from its end only
 MAX_WARNINGS, MAX_WARNING = 20, 500  # of a start, characters of one
 MAX_HEALTH = 10_000  # bytes that are read of what a workspace says of itself
 
@@ -145,11 +146,19 @@ class Probes:
         # The engine notes the time of a start a moment after it, so the first lines may be older than that.
         begun = int(parse_time(container.ended_at) * 1e9) if start.again else 0
         start.listened_at = time.monotonic()
+        since = max(begun, start.stamp + 1)
         with contextlib.suppress(MissingOnEngine, ConflictOnEngine):
-            for lines in self._engine.log_lines(container, since=max(begun, start.stamp + 1)):
-                for _, stamp, text in lines:
-                    start.take(text)
-                    start.stamp = max(start.stamp, parse_stamp(stamp))
+            try:
+                self._hear(start, self._engine.log_lines(container, since=since))
+            except UnreadableLog:  # what stands behind the damage is found from the end
+                self._hear(start, self._engine.log_lines(container, since=since, tail=MANY_LINES))
+
+    @staticmethod
+    def _hear(start, batches):
+        for lines in batches:
+            for _, stamp, text in lines:
+                start.take(text)
+                start.stamp = max(start.stamp, parse_stamp(stamp))
 
     def usage(self, workspace_id):
         """Return the last measurement of a workspace, {cpu_percent, memory, memory_limit}, or None; never

@@ -454,6 +454,7 @@ def test_a_log_that_the_engine_cannot_read_is_told_and_left_behind(backend, monk
             gevent.sleep(0.5)
     reader.kill()
     assert [event['type'] for event in found].count('error') == 1
+    assert backend.state.get('damaged').status == 'running'
 
 
 def test_a_log_with_garbage_in_it_is_followed_all_the_same(make_server, docker_client):
