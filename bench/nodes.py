@@ -22,6 +22,7 @@ from .common import IDLE, Http, cpu_of, memory_of, ms, percentile
 TITLE = 'Over three nodes, as workspaces add up'
 REAL = (1, 10, 60)
 PLAYED = (1, 10, 100, 1000)
+EACH = '64m'  # of memory, so that all find room
 AT_ONCE = 8  # creates, while workspaces are added
 TURNS = 5
 ASKED = 30  # times the list
@@ -75,7 +76,7 @@ def real_engines(bench):
         machines = Machines(Path(tempfile.mkdtemp()), 3)
         stack.callback(machines.close)
         server = stack.enter_context(bench.served(
-            network=machines.lan, WORKSPACE_BIND_ADDRESS='{node}', **machines.settings,
+            network=machines.lan, WORKSPACE_BIND_ADDRESS='{node}', **machines.settings, WORKSPACE_MEMORY=EACH,
             DOCKER_HOST=','.join(machine.url for machine in machines.all)))
         yield server, {machine.address: machine.client for machine in machines.all}
 
@@ -91,7 +92,7 @@ def doubles(bench):
         played.stdout.readline()
         start = first_port()
         server = stack.enter_context(bench.served(
-            DOCKER_HOST=','.join(sockets), MAX_WORKSPACES='2000',
+            DOCKER_HOST=','.join(sockets), MAX_WORKSPACES='2000', WORKSPACE_MEMORY=EACH,
             CODE_SERVER_PORTS=f'{start}-{start + 1099}', SSH_PORTS=f'{start + 1100}-{start + 1139}',
             CUSTOM_PORTS=f'{start + 1140}-{start + 1199}'))
         names = [node['name'] for node in server.get('/api/nodes')]
