@@ -270,7 +270,7 @@ class Pool:
         return container_id
 
     def _wait_until_it_waits(self, draft, container_id):
-        """Return its Container then."""
+        """Wait until a new member waits for its owner, and return its Container."""
         start, until = Start(container_id), time.monotonic() + self._config.ready_timeout
         while True:
             container = self._engine.inspect(container_id)

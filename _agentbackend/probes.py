@@ -83,7 +83,7 @@ class Probes:
         SSH where there is any, and the project."""
         if self.health(workspace, container.id, timeout) is None:
             return False
-        if container.labels.get(HEARS):  # one of ours says so, and sshd comes last there
+        if container.labels.get(HEARS):  # it says itself that sshd and the project are there
             if not start.is_up:
                 self.listen(start, container)
             return start.is_up

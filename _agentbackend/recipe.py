@@ -16,7 +16,7 @@ SETTINGS_FOLDER = '/etc/agentbackend'  # in the container: what the entrypoint r
 # Of the variables of a workspace those that everything in it has, editor and clone too; dev's shells have the
 # others.
 FOR_ALL = re.compile(r'(?i:(http|https|ftp|all|no)_proxy)|GIT_SSL_[A-Z_]+|TZ')
-TAKE_TIMEOUT, SOON = 10, 2  # seconds
+TAKE_TIMEOUT, SOON = 10, 2  # seconds that an entrypoint has to take its settings, and then to be ready
 INSIDE = {'codeServer': CODE_SERVER_PORT, 'ssh': SSH_PORT}
 
 

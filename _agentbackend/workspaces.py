@@ -451,12 +451,12 @@ class Workspaces:
         Raises DockerError when the container ends first, or does not answer READY_TIMEOUT after its last sign
         of life.
         """
+        if start.is_up:  # a member of the pool, whose editor was there before, has just said so
+            return True
         begun, looked_at = time.monotonic(), 0
         while True:
             workspace = self._still(workspace_id, CREATING, cancelled)
             waited = time.monotonic() - begun
-            if start.is_up:  # a member of the pool, whose editor was there before, has just said so
-                return True
             if time.monotonic() - looked_at >= INSPECT_PAUSE:
                 container, looked_at = self._engine.inspect(start.container_id), time.monotonic()
             if container is None:

@@ -649,6 +649,18 @@ def test_an_image_that_does_not_take_its_settings_over_stdin_does_as_well(
     assert left_of(docker_client, server, made) == ([], [])
 
 
+def test_a_workspace_runs_when_its_editor_answers_whatever_its_log_says(own_templates, make_server):
+    folder, add_template = own_templates
+    add_template('slow')
+    entry = folder / 'slow' / 'entry'
+    entry.write_text(entry.read_text().replace('httpd -p', '{ sleep 6; exec httpd -f -p').replace(
+        '-h /www', '-h /www; } &'))
+    server = make_server(TEMPLATES_DIR=str(folder))
+    made = server.running('late', template='slow')
+    url = f"http://127.0.0.1:{made['codeServerPort']}/healthz"
+    assert urllib.request.urlopen(url, timeout=2).status == 200
+
+
 def test_an_edit_of_a_template_makes_a_new_image_and_leaves_old_workspaces_alone(
         own_templates, make_server, docker_client):
     folder, add_template = own_templates
