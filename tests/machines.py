@@ -23,6 +23,10 @@ LAN = '192.168.1'  # as the README has it, in a network that nobody else sees
 PORT = 2376  # of each engine, with TLS
 REGISTRY = f'{LAN}.1:5000'
 WAIT = 30  # seconds
+# Settings for engines that are reached from this machine.
+NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
+# Seconds that a node is away at least; a minute is more than any connection lives through.
+AWAY = float(os.environ.get('AWAY', '0'))
 # docker-init ends with all that runs beside it. Nothing of this machine's own engine must be found: /run has
 # its sockets, /etc/docker its identity.
 BOOT = """\

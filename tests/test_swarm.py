@@ -15,7 +15,7 @@ from agents import begin, ended, transcript
 from browsing import open_dashboard
 from conftest import objects_of
 from helpers import all_ready, delete, make_certificates, nodes, refusal, verb, wait_gone
-from machines import REGISTRY, SSHD, Machines, Registry, make_ssh
+from machines import AWAY, NO_TLS, REGISTRY, SSHD, Machines, Registry, make_ssh
 from playwright.sync_api import expect
 from streaming import Sse, receive, send
 
@@ -24,10 +24,6 @@ from _agentbackend.errors import EngineUnavailable
 
 LOSSES = {'cut': lambda machine: machine.link('down'), 'crash': lambda machine: machine.crash(),
           'off': lambda machine: machine.off()}
-# For engines that are reached from this machine.
-NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
-# Seconds that a node is away at least; a minute is more than any connection lives through.
-AWAY = float(os.environ.get('AWAY', '0'))
 # A program that is none of ours, on a port.
 LISTEN = ("import socket, sys, time; taken = socket.create_server((sys.argv[1], int(sys.argv[2]))); "
           "print('there', flush=True); time.sleep(60)")

@@ -1,6 +1,5 @@
 """Which nodes there are, as a swarm or a plain list says."""
 import contextlib
-import os
 import time
 
 import docker
@@ -8,9 +7,7 @@ import gevent
 import pytest
 import requests
 from helpers import all_ready, nodes, refusal, verb
-
-NO_TLS = {'DOCKER_TLS_VERIFY': '', 'DOCKER_CERT_PATH': '', 'WORKSPACE_BIND_ADDRESS': '127.0.0.1'}
-AWAY = float(os.environ.get('AWAY', '0'))  # seconds that a node is drained at least
+from machines import AWAY, NO_TLS
 
 
 @pytest.fixture(scope='module')
