@@ -22,7 +22,7 @@ function showFirst() {
   if (state.open) stays = false;
   if (!state.health || state.open) return;
   const build = currentBuild();
-  stays ||= build !== null || !state.workspaces.size;
+  stays ||= build !== null || [...state.workspaces.values()].every(neverRan);
   byId('first').hidden = !stays;
   if (!stays) return;
   showStep('engine', engineStep());

@@ -55,6 +55,7 @@ def test_an_image_that_could_not_be_built_can_be_tried_again(make_server, make_p
     create(page, 'first')
     expect(page.locator('#ws-status')).to_have_text('error')
     page.click('.brand')
+    page.reload()  # nothing is being built when it looks
     expect(again).to_be_visible()
     add('fresh', 'RUN sleep 2')
     again.click()
