@@ -8,7 +8,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     shapes       types of what the tools of the MCP server are given and answer
     console      what the command line's verbs share: what they say, how they fail, what they show
     transfer     files and folders on their way between a client's machine and a workspace
-    remote       the API as those call it; it imports nothing of what stands below
+    remote       the API as those call it, and what they say when it fails; it imports nothing from below
     server       the WSGI server: the port, the lock of the instance, and the end in order
     clients      who listens: SSE and WebSocket clients
     feeds        what a reader of a workspace or a session is given: what was missed, then what comes
@@ -22,7 +22,7 @@ line. The parts stand in the package `_agentbackend`, in layers. Each file knows
     execs        commands that clients run in workspaces while they wait for them
     runs         commands that outlive everybody, each with a folder in the volume
     routing      what a route is, and what stands between Bottle and its handler
-    gate         what comes before the routes: who may call, from where, with how large a body but for uploads
+    gate         what comes before the routes: who may call (token, ticket), from where, with how large a body
     keeper       what keeps records, engine and clock in step: follow, adopt, compare, sweep
     workspaces   the life of workspaces: create, start, stop, restart, change, remove
     pool         workspaces that are made ahead, and wait for their owners
