@@ -1,6 +1,6 @@
 """Measure the server, each time against what it stands on.
 
-    ./run.sh bench           all sections, in some 20 minutes
+    ./run.sh bench           all sections, in some 25 minutes
     ./run.sh bench NAME...   only these; they take the place of what bench/results.md has of them
 
 It writes bench/results.md, bench/pictures/ and the table of README.md. The machine should do nothing else;

@@ -35,7 +35,7 @@ class Creates:
         self.http, self._server, self._template, self._prefix = Http(server.port), server, template, prefix
         self._path, self._probes = '/api/workspaces' + '?wait=running' * waits, probes
         self._numbers, self.names = itertools.count(), []
-        self.cold = 0  # how many did not come from the pool
+        self.asked = self.cold = 0  # how many there were, and how many did not come from the pool
 
     def __call__(self, http=None, pause=0.005):
         """Return the ms from POST until editor and SSH answer, or until it is answered itself."""
@@ -45,6 +45,7 @@ class Creates:
         made = http('POST', self._path, {'name': name, 'template': self._template})
         if self._probes:
             wait_ready(made['codeServerPort'], made['sshPort'], pause=pause)
+        self.asked += 1
         self.cold += not made.get('warm')
         return (time.perf_counter() - begun) * 1000
 
@@ -95,11 +96,13 @@ def warm(bench, section):
                         gevent.sleep(0.3)  # the refill begins later
                         told.append(running())
                         gevent.sleep(0.3)
+                    for made in (create, running):  # as docker_run does, so that both meet the same load
+                        made.delete()
             section.compare(f'create, warm, {template}', ours, 'docker run', theirs, head=True)
             section.compare(f'create, warm, {template}, until running', told, 'docker run', theirs, head=True)
             if template == TEMPLATES[0]:
                 claims_at_once(section, server, create, template, ours)
-            missed, asked = create.cold + running.cold, len(create.names + running.names)
+            missed, asked = create.cold + running.cold, create.asked + running.asked
             if missed:
                 section.remark(f'{missed} of {asked} warm creates of {template} found no member, and were '
                                'cold.')

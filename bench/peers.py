@@ -13,6 +13,7 @@ from pathlib import Path
 import gevent
 
 from .common import Http, Plain, ms
+from .creates import wait_full
 
 TITLE = 'Peers'
 # SWE-ReX needs aiohttp, and does not say so.
@@ -21,17 +22,21 @@ PACKAGES = {'docker-py': ['docker'], 'llm-sandbox': ['llm-sandbox[docker]'],
 TURNS, COMMANDS = 5, 8  # commands in a turn
 WORK = {'create': 'create to the first command', 'exec': 'exec of `true`', 'up': '1 MB up',
         'down': '1 MB down'}
+OURS = ('ours', 'ours, warm')
 HERE = Path(__file__).resolve().parent
 
 
 def measure(bench, section):
-    with bench.served() as server, contextlib.ExitStack() as stack:
+    with (bench.served() as server, bench.served(WARM_POOL='blank:1') as pooled,
+          contextlib.ExitStack() as stack):
         http = Http(server.port)
         image = http.running('first', template='blank') and Plain(bench, server, 'blank').image
         folder = bench.folder / 'peers'
         folder.mkdir()
         (folder / 'file').write_bytes(os.urandom(2**20))
-        players = {'ours': Ours(http, (folder / 'file').read_bytes())}
+        wait_full(pooled, Http(pooled.port), 'blank')
+        content = (folder / 'file').read_bytes()
+        players = {'ours': Ours(http, content), 'ours, warm': Ours(Http(pooled.port), content, pooled)}
         for name in install(section, folder, image):
             players[name] = stack.enter_context(Peer(name, image, folder))
         found = {name: {verb: [] for verb in WORK} for name in players}
@@ -46,12 +51,15 @@ def measure(bench, section):
                     for verb, values in taken.items() if turn else ():
                         found[name][verb] += values
                     gevent.sleep(1)
-        section.remark('Ours is a cold create, after which editor and SSH answer too; theirs are containers '
-                       'that sleep, and SWE-ReX starts its own server in them.')
-        for verb, what in WORK.items():
-            for name in found:
-                if name != 'ours' and found[name][verb]:
-                    section.compare(what, found['ours'][verb], name, found[name][verb], head=verb == 'create')
+        section.remark('After a create of ours editor and SSH answer too, and a warm one is from a pool of '
+                       'WARM_POOL=blank:1; theirs are containers that sleep, and SWE-ReX starts its own '
+                       'server in them.')
+        peers = [name for name in found if name not in OURS]
+        for what, verb, ours in (*((what, verb, 'ours') for verb, what in WORK.items()),
+                                 ('warm create to the first command', 'create', 'ours, warm')):
+            for name in peers:
+                if found[name][verb]:
+                    section.compare(what, found[ours][verb], name, found[name][verb], head=verb == 'create')
 
 
 def play(player):
@@ -68,10 +76,10 @@ def play(player):
 
 
 class Ours:
-    """The same work through this server."""
+    """The same work through this server; of one that has a pool, which is full before each turn."""
 
-    def __init__(self, http, content):
-        self._http, self._content, self._made = http, content, 0
+    def __init__(self, http, content, pooled=None):
+        self._http, self._content, self._made, self._pooled = http, content, 0, pooled
 
     def do(self, verb):
         """Return the ms that a verb takes."""
@@ -94,6 +102,8 @@ class Ours:
 
     def close(self):
         self._http('DELETE', self._path)
+        if self._pooled:
+            wait_full(self._pooled, self._http, 'blank')
 
 
 class Peer:
