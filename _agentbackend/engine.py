@@ -177,8 +177,9 @@ class Engine(Alone):
         containers = {item.labels[f'{PREFIX}.id']: item for item in self._ours(MEMBER)}
         found = {key: (item, self._is_volume(self.hold_of(key), key)) for key, item in containers.items()
                  if self._waits(item)}
+        # What was given away has a hold, or else a container that knows nothing of the pool any more.
         return found | {key: (None, False) for key in ids - containers.keys()
-                        if not self._is_volume(self.hold_of(key), key)}
+                        if not self._is_volume(self.hold_of(key), key) and self.find(key) is None}
 
     def _waits(self, container):
         return container.name == self.member_name(container.labels.get(f'{PREFIX}.id'))

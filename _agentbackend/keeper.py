@@ -216,6 +216,7 @@ class Keeper:
             self._checks.start(gevent.Greenlet(self._check, workspace_id))
 
     def _check(self, workspace_id):
+        had_job = self._workspaces.has_job(workspace_id)
         self._workspaces.join_job(workspace_id)
         self._to_check.discard(workspace_id)
         with contextlib.suppress(WorkspaceNotFound, EngineUnavailable, Superseded):
@@ -226,6 +227,8 @@ class Keeper:
                 gevent.sleep(GRACE)
                 container = self._engine.find(workspace_id)
             workspace = self._state.get(workspace_id)
+            if had_job and workspace.status == ERROR:
+                return  # the start that the change came from has just failed, and said why
             if workspace.status in SETTLED and not self._workspaces.has_job(workspace_id):
                 self._compare(workspace, container,
                               container is not None or self._engine.has_volume(workspace_id))

@@ -106,9 +106,9 @@ class Pool:
         self._members[member.id] = member
         self._kinds[member.kind].claimed -= 1
 
-    def give_up_one(self):
-        """Remove a member, so that its ports are free; return False when there is none."""
-        if not self._members:
+    def give_up_one(self, kind):
+        """Remove a member, so that its port of a kind is free; return False when there is none."""
+        if not self.used_ports()[kind]:
             return False
         self._remove(next(iter(self._members)))
         return True

@@ -37,7 +37,7 @@ class Start:
         self.stamp = 0  # of the last line that was read
         self.warnings = list(warnings)  # those of the container before it too
         self.ports = []  # that its project wants to have published
-        self.crashes = 0
+        self.crashes, self.crashed = 0, ''  # how often something ended that is kept running; the last one
         self.is_up = False  # all is there, it has said
         self.waits = False  # for its owner, it has said
         self.is_late = False  # its editor begins only when it has one, it has said
@@ -57,7 +57,7 @@ class Start:
             taken = CODE_SERVER_PORT, SSH_PORT  # which are published anyway
             self.ports = [port for port in found if port < 65536 and port not in taken][:20]
         elif ' ended with status ' in said:
-            self.crashes += 1
+            self.crashes, self.crashed = self.crashes + 1, said.partition(' ended with')[0]
         self.is_late = self.is_late or said.endswith('the editor starts by its own command')
         self.waits = self.waits or said == 'waits for its owner'
         self.is_up = self.is_up or said.startswith('started in ')

@@ -117,7 +117,7 @@ class State(Mirror):
             left = sum(port not in taken for port in range(first, last + 1)) - 1
             if left < spare * (last - first + 1):
                 raise PortExhausted(f'Of {PORT_KINDS[kind]}={first}-{last} only {left + 1} are free, which '
-                                    'are left to creates that ask for them; widen the range.')
+                                    'are left to creates that ask for them; widen the range.', kind)
 
     def has(self, workspace_id):
         """Return whether there is a record of this id."""
@@ -397,7 +397,7 @@ class State(Mirror):
             result[key] = next(free, None)
             if result[key] is None:
                 raise PortExhausted(f'No free port in {PORT_KINDS[kind]}={first}-{last}: delete a workspace, '
-                                    'or widen the range.')
+                                    'or widen the range.', kind)
             taken.add(result[key])
         return result
 

@@ -111,8 +111,8 @@ class Workspaces:
                 workspace = self._state.reserve(record, flush=False, taken_names=names,
                                                 taken_ports=ports | self.pool.ports(),
                                                 is_free=self.recipe.is_free, place=place)
-            except PortExhausted:
-                if not self.pool.give_up_one():  # whose ports are better used by this one
+            except PortExhausted as error:
+                if not self.pool.give_up_one(error.kind):  # whose ports are better used by this one
                     raise
                 ports = self._engine.taken()[1]
             except BaseException:
@@ -321,8 +321,7 @@ class Workspaces:
             container_id, said = self._started_container(workspace_id, cancelled)
             if container_id == before.container_id:  # its project was prepared already, and so was told of
                 warnings = before.warnings
-            workspace = self._state.update(workspace_id, when={CREATING}, flush=False,
-                                           container_id=container_id)
+            workspace = self._still(workspace_id, CREATING, cancelled, container_id=container_id)
             self._probes.meter(workspace_id, container_id)  # so that something is known when it runs
             start = Start(container_id, warnings,
                           again=before.ever_ran and container_id == before.container_id, said=said)
@@ -338,8 +337,7 @@ class Workspaces:
             if self._told.pop(workspace_id, files) != files:  # it was changed while it took what it was given
                 self._engine.put_files(container_id, files)
         self._set_status(workspace_id, RUNNING, when={CREATING}, ever_ran=True, has_credentials=False,
-                         error='',
-                         warnings=start.warnings, last_activity_at=time.time())
+                         error='', warnings=start.warnings, last_activity_at=time.time())
         if workspace.type == PERSISTENT:
             # Only now: until then a crash is an answer, not something to repeat.
             with contextlib.suppress(DockerError):  # the keeper sees to it when it lacks
@@ -352,14 +350,13 @@ class Workspaces:
         container = self._fresh.get(workspace_id) or self._engine.find(workspace_id)
         if workspace.warm and not workspace.ever_ran:
             said = self._hand_over(workspace, container, cancelled) if container is not None else None
-            if said is not None:
+            if said:
                 return container.id, said
-            log.info('Workspace %s is made the cold way: its member of the pool is not to be had.',
-                     workspace_id)
-            self._engine.remove(workspace_id)
-            container = None
-            workspace = self._state.update(workspace_id, when={CREATING}, flush=False, warm=False,
-                                           container_id='')
+            if said is None:
+                log.info('Workspace %s is made cold: its member of the pool is not to be had.', workspace_id)
+                self._engine.remove(workspace_id)
+                container = None
+                workspace = self._still(workspace_id, CREATING, cancelled, warm=False, container_id='')
         if workspace.wants_other_ports:
             workspace = self._claim_ports(workspace)
         if container is not None and container.started and (
@@ -369,18 +366,19 @@ class Workspaces:
                 self._told[workspace_id] = {}
             self._engine.start(container.id, self.recipe.network(workspace))
             return container.id, b''
-        if container is not None:
-            # It publishes other ports or elsewhere, or was never started: a crash may have come before its
-            # files were in it.
-            self._engine.remove_container(container.id)
         image = self._templates.image(workspace.template, lambda line: self._build_output(workspace_id, line),
                                       cancelled)
         self._engine.bring(image, workspace.node, lambda line: self._build_output(workspace_id, line))
+        if container is not None:
+            # It publishes other ports or elsewhere, or was never started: a crash may have come before its
+            # files were in it. One of the pool's is none any more, before a crash could have it missed.
+            self._still(workspace_id, CREATING, cancelled, warm=False)
+            self._engine.remove_container(container.id)
         return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled), b''
 
     def _hand_over(self, workspace, container, cancelled):
         """Give a member of the pool to its owner; return what it says to that, or None when it is none to be
-        had. What is done twice does no harm."""
+        had; b'' when it has its owner already. What is done twice does no harm."""
         if workspace.id not in self._fresh:  # a crash came between
             self._told[workspace.id] = {}
             if self._engine.get_file(container.id, f'{SETTINGS_FOLDER}/owned'):
@@ -390,9 +388,11 @@ class Workspaces:
         self._fresh.pop(workspace.id, None)
         try:
             self._engine.create_volume(self._engine.hold_of(workspace.id), self.recipe.labels(workspace))
-            self._engine.rename(container, self.recipe.name(workspace.name))
             with self._turns[workspace.id]:
                 workspace = self._still(workspace.id, CREATING, cancelled)
+                if workspace.name != workspace.folder:  # somebody renamed it, and maybe the container too
+                    container = self._engine.inspect(container.id) or container
+                self._engine.rename(container, self.recipe.name(workspace.name))
                 cpus = self.recipe.cpus_of(workspace)
                 if (container.memory, container.cpus) != (workspace.memory, cpus):
                     self._engine.limit(container.id, memory=workspace.memory, cpus=cpus)
@@ -442,8 +442,7 @@ class Workspaces:
                 if attempt == PORT_ATTEMPTS:
                     raise
                 avoid |= {error.port} if error.port else set(workspace.ports.values())
-                avoid |= self._engine.taken()[1]
-                workspace = self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
+                workspace = self._claim_ports(workspace, avoid)
 
     def _wait_until_ready(self, workspace_id, start, cancelled):
         """Wait until what the user will use answers; return False when it wants more ports first.
@@ -471,7 +470,7 @@ class Workspaces:
                 return True
             self._probes.listen(start, container, pause=LISTEN_PAUSE)
             if start.crashes >= MAX_CRASHES:
-                raise DockerError('The editor does not start. It printed last: '
+                raise DockerError(f'{start.crashed} does not start. It printed last: '
                                   f'{self._probes.last_words(container)}')
             if time.monotonic() - start.heard_at > self._config.ready_timeout:
                 raise DockerError('The workspace did not answer within '
@@ -490,10 +489,15 @@ class Workspaces:
             log.warning('Workspace %s: %s', workspace_id, error)
             self._state.update(workspace_id, when={CREATING}, flush=False, wanted_ports=wanted)
 
-    def _claim_ports(self, workspace):
-        """Give a workspace the ports that it lacks, and keep those that it has."""
-        avoid = self._engine.taken()[1] - set(workspace.ports.values())
-        return self._state.claim_ports(workspace.id, avoid=avoid, is_free=self.recipe.is_free)
+    def _claim_ports(self, workspace, avoid=frozenset()):
+        """Give a workspace the ports that it lacks, if need be those of the pool, and keep those it has."""
+        while True:
+            taken = self._engine.taken()[1] - set(workspace.ports.values()) | avoid
+            try:
+                return self._state.claim_ports(workspace.id, avoid=taken, is_free=self.recipe.is_free)
+            except PortExhausted as error:
+                if not self.pool.give_up_one(error.kind):
+                    raise
 
     def _bring_down(self, workspace_id, cancelled):
         """Stop the container and keep everything."""
@@ -551,11 +555,11 @@ class Workspaces:
             self._set_status(workspace_id, ERROR, when={workspace.status}, **changes)
             self._events.publish('error', workspace_id, {'code': code, 'message': text})
 
-    def _still(self, workspace_id, status, cancelled):
-        """Return the record if the job still has its purpose; else raise Superseded."""
+    def _still(self, workspace_id, status, cancelled, **changes):
+        """Return the record, changed, if the job still has its purpose; else raise Superseded."""
         if cancelled.is_set():
             raise Superseded(workspace_id)
-        return self._state.update(workspace_id, when={status}, flush=False)
+        return self._state.update(workspace_id, when={status}, flush=False, **changes)
 
     # Records
 

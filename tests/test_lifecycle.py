@@ -399,6 +399,16 @@ def test_a_workspace_that_never_answers_is_an_error(make_server, docker_client):
     assert 'READY_TIMEOUT=2' in failed['error'] and objects_of(docker_client, server.instance) == []
 
 
+def test_a_start_that_fails_is_not_begun_again_by_itself(make_server):
+    server = make_server(READY_TIMEOUT='4')
+    server.running('slow')
+    patch(server, 'slow', env={'SLOW': '60'})
+    verb(server, 'slow', 'restart')
+    assert 'READY_TIMEOUT=4' in server.wait_status('slow', 'error')['error']
+    time.sleep(1)
+    assert server.log.read_text().count('(slow) is creating') == 2  # the create and the restart
+
+
 def test_a_clone_that_makes_progress_may_take_longer_than_the_limit_and_tells_it(make_server):
     server = make_server(READY_TIMEOUT='4')
     server.create('long', env={'CLONES': '0 10 20 30 40 50 60 70 80 90 100'})
@@ -626,6 +636,20 @@ def test_a_build_that_fails_tells_its_last_lines_and_an_edit_mends_it(
     server.running('built', template='broken')
     template = server.get('/health')['templates']['broken']
     assert template['state'] == 'ready' and 'error' not in template
+
+
+def test_a_build_that_fails_costs_no_container(own_templates, make_server):
+    folder, add = own_templates
+    add('fresh')
+    server = make_server(TEMPLATES_DIR=str(folder), DEFAULT_TEMPLATE='fresh')
+    made = server.running('old')
+    add('fresh', 'RUN exit 3')
+    patch(server, 'old', ports=[3000])
+    verb(server, 'old', 'restart')
+    assert 'non-zero code: 3' in server.wait_status('old', 'error')['error']
+    patch(server, 'old', ports=[])
+    verb(server, 'old', 'start')
+    assert server.wait_status('old', 'running')['containerId'] == made['containerId']
 
 
 def test_an_image_that_does_not_take_its_settings_over_stdin_does_as_well(

@@ -54,6 +54,12 @@ tr '\\000' '\\n' <$settings/workspace >/tmp/told
 export PROJECT_DIR=$(sed -n 's/^PROJECT_DIR=//p' /tmp/told)
 url=$(sed -n 's/^GIT_URL=//p' /tmp/told)
 mkdir -p "$PROJECT_DIR"
+if [ -n "$FORWARDS" ] && [ ! -e "$PROJECT_DIR/cloned" ]; then
+    touch "$PROJECT_DIR/cloned"
+    echo "workspace: forward $FORWARDS"
+    exit 66
+fi
+[ -z "$PREPARES" ] || sleep "$PREPARES"
 [ -z "$url" ] || { echo "fatal: repository $url not found" >&2; exit 65; }
 nc -ll -p 2222 -e /bin/banner &
 echo "workspace: started in $PROJECT_DIR"
@@ -61,6 +67,21 @@ while :; do sleep 1000 & wait $!; done
 """
 # Pauses of a pool that is in no hurry.
 HASTY = {'pool.FIRST_RETRY': 1, 'pool.LOOK_PAUSE': 1, 'workspaces.QUIET': 0.1, 'keeper.TEND_PAUSE': 0.1}
+# A server in which somebody renames a workspace while it is given its member.
+RENAMING = """
+import gevent
+from _agentbackend.engine import Engine
+from _agentbackend.workspaces import Workspaces
+create, create_volume, found = Workspaces.create, Engine.create_volume, []
+def creating(self, body):
+    found.append(self)
+    return create(self, body)
+def renaming(self, name, labels):
+    if name.endswith('-hold'):
+        gevent.spawn(found[0].change, 'old', {'name': 'new'}).join(1)
+    return create_volume(self, name, labels)
+Workspaces.create, Engine.create_volume = creating, renaming
+"""
 # A server that is killed as soon as it has done a step of a claim.
 KILLED = """
 import os, signal, sys
@@ -295,6 +316,49 @@ def test_full_ranges_give_members_up_before_a_user_is_refused(pooled, docker_cli
     assert members(docker_client, server) == []
 
 
+def test_a_create_that_members_have_no_port_for_costs_none_of_them(pooled, docker_client):
+    first = port_ranges()['CUSTOM_PORTS'].partition('-')[0]
+    server = pooled('hears:1', CUSTOM_PORTS=f'{first}-{first}')
+    wait_ready(server, 1)
+    waiting = members(docker_client, server)
+    server.running('one', ports=[3000])
+    answer = server.call('POST', '/api/workspaces', {'name': 'two', 'ports': [3000]})
+    assert answer.status_code == 503 and answer.json()['code'] == 'PORT_EXHAUSTED'
+    assert members(docker_client, server) == waiting
+
+
+def test_ports_that_a_clone_forwards_come_to_a_member_too(pooled):
+    server = pooled('hears:1')
+    wait_ready(server, 1)
+    assert server.create('first', env={'FORWARDS': '3000'})['warm']
+    found = server.wait_status('first', 'running', 'error')
+    assert (found['status'], [*found['ports']]) == ('running', ['3000'])
+
+
+def test_a_given_member_that_ends_before_it_runs_is_started_again(pooled, docker_client):
+    server = pooled('hears:1')
+    wait_ready(server, 1)
+    assert server.create('first', env={'PREPARES': '3'})['warm']
+    made = server.get('/api/workspaces/first')
+    server.until(lambda: b'owned' in docker_client.containers.get(made['containerId']).logs())
+    server.kill()
+    docker_client.api.kill(made['containerId'])
+    server.start()
+    found = server.wait_status('first', 'running', 'error')
+    assert (found['status'], found['containerId']) == ('running', made['containerId'])
+
+
+def test_a_rename_beside_a_claim_takes_the_container_along(pooled, docker_client):
+    server = pooled('hears:1')
+    server.stop()
+    server.program[1] = server.program[1].replace('agentbackend.main()', f'{RENAMING}\nagentbackend.main()')
+    server.start()
+    wait_ready(server, 1)
+    made = server.create('old')
+    container = docker_client.containers.get(server.wait_status('new', 'running')['containerId'])
+    assert made['warm'] and container.name == f'{server.instance}-new'
+
+
 @pytest.mark.parametrize(('kind', 'said'), [('nothing', 'template is "nothing", but known are'),
                                             ('mute', 'does not take its settings over stdin'),
                                             ('hears', 'memory holds no more')])
@@ -444,11 +508,16 @@ def test_kills_at_random_moments_of_a_claim(state, pooled, docker_client):
             delete(server, 'claimed')
 
 
-def test_a_tidied_hold_costs_an_adopted_workspace_nothing(pooled, docker_client):
+@pytest.mark.parametrize('is_remade', [False, True], ids=['as it was', 'remade'])
+def test_a_tidied_hold_costs_an_adopted_workspace_nothing(is_remade, pooled, docker_client):
     server = pooled('hears:1')
     wait_ready(server, 1)
     made = server.create('mine', type='temporary', env={'MY': 'own'})
     server.wait_status('mine', 'running')
+    if is_remade:  # and knows nothing of the pool any more
+        server.call('PATCH', '/api/workspaces/mine', {'ports': [3000]})
+        verb(server, 'mine', 'restart')
+        assert server.wait_status('mine', 'running')['ports']
     server.stop()
     docker_client.api.remove_volume(f"{server.instance}-{made['id']}-hold")
     lose(state_path(server))

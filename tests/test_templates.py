@@ -111,12 +111,16 @@ def test_a_workspace_has_an_editor_ssh_bun_and_keeps_its_files(real, key, docker
     refused = requests.post(f"http://127.0.0.1:{workspace['codeServerPort']}/login",
                             data={'password': 'wrong'}, timeout=20)
     assert 'Incorrect password' in refused.text
+    slow = 'trap "sleep 2; echo saved >saved.txt; exit" TERM; touch ready; while :; do sleep 0.1; done'
+    real.call('POST', '/api/workspaces/main/exec', {'command': slow, 'detach': True})
+    real.until(lambda: real.call('GET', '/api/workspaces/main/files/ready').status_code == 200)
     real.call('POST', '/api/workspaces/main/stop')
     real.wait_status('main', 'stopped')
     real.call('POST', '/api/workspaces/main/start')
     again = real.wait_status('main', 'running')
     assert again['sshPort'] == workspace['sshPort']
-    assert ssh(again, key, 'cat $PROJECT_DIR/note.txt').stdout == 'kept\n'
+    # A program that takes its time to end had it.
+    assert ssh(again, key, 'cat $PROJECT_DIR/note.txt $PROJECT_DIR/saved.txt').stdout == 'kept\nsaved\n'
     real.until(lambda: real.get('/api/workspaces/main')['resources']['memoryUsage'] > 10_000_000, 10)
     assert real.call('DELETE', '/api/workspaces/main').status_code == 200
     assert not objects_of(docker_client, real.instance)
