@@ -1,10 +1,12 @@
 """A workspace whose node does not answer is not one that is gone. The engine here is one that is silent about
-some of its workspaces, as one of several would be that was cut off."""
+some of its workspaces, as one of several would be that was cut off; at the end, several that are played."""
 import contextlib
 import socket
 import time
+from types import SimpleNamespace
 
 import gevent
+import gevent.server
 import pytest
 from conftest import objects_of, port_ranges, remove_objects
 
@@ -13,6 +15,7 @@ from _agentbackend import swarm
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
+from _agentbackend.probes import Probes
 
 AWAY = 'Node far does not answer since noon.'
 
@@ -155,3 +158,43 @@ def test_a_port_is_free_as_far_as_is_known_of_the_engines_machine():
     with socket.create_server(('127.0.0.1', 0)) as listener:
         port = listener.getsockname()[1]
         assert far.is_free('127.0.0.1', port) and not near.is_free('127.0.0.1', port)
+
+
+# Engines that are played
+
+FACTS = {'NCPU': 4, 'MemTotal': 2**33, 'OSType': 'linux', 'Architecture': 'x86_64'}
+
+
+def played(docker_host='tcp://192.0.2.1:2376,tcp://192.0.2.2:2376'):
+    """Return Nodes of engines that all answer, and that nobody asks."""
+    config = agentbackend.Config.from_env({'DOCKER_HOST': docker_host, 'WORKSPACE_BIND_ADDRESS': '{node}'})
+    state = SimpleNamespace(id='ours', container_of=lambda workspace_id: None, all=list)
+    found = swarm.engine_of(config, state)[1]
+    found._listing = gevent.spawn(lambda: None)
+    found._listed.set()
+    found._keep_up = lambda node: None
+    found._take(found._source.members())
+    for node in found._nodes.values():
+        node.join(dict(FACTS, ID=node.name, Name=node.name))
+    return found
+
+
+@pytest.fixture
+def editor():
+    """The port of an editor on 127.0.0.1."""
+    def greet(connection, _):
+        connection.recv(1000)
+        connection.sendall(b'HTTP/1.0 200 OK\r\n\r\nalive')
+        connection.close()
+    server = gevent.server.StreamServer(('127.0.0.1', 0), greet)
+    server.start()
+    yield server.server_port
+    server.stop()
+
+
+def test_the_editor_of_a_node_without_an_address_is_asked_where_its_ports_are_bound(editor):
+    nodes = played('/run/no/docker.sock,tcp://192.0.2.2:2376')
+    assert nodes._bound(nodes._node('local'), '{node}') == '127.0.0.1'
+    probes = Probes(SimpleNamespace(workspace_bind_address='{node}', workspace_host=''), nodes)
+    asked = SimpleNamespace(node='local', ports={'codeServer': editor})
+    assert probes.health(asked, 'its container', timeout=5) == b'alive'
