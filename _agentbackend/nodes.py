@@ -165,7 +165,7 @@ class Swarm:
             self._sockets[swarm.get('NodeID')] = url
         with link.client.errors(), gevent.Timeout(ANSWER_TIME, link.client.silence(ANSWER_TIME)):
             found = link.client.api.nodes()
-        # One that left and joined again is listed twice: the dead one has lost its name.
+        # One that left and joined again is listed twice: the dead one has lost its name, and is left out.
         members, found = {}, sorted(found, key=lambda node: node['Status']['State'] != 'ready')
         for node in found:
             name, address = (node.get('Description') or {}).get('Hostname'), address_of(node)
@@ -173,8 +173,8 @@ class Swarm:
             if name and address:
                 name = name if name not in members else f"{name}-{node['ID'][:6]}"
                 self._known[node['ID']] = self._member(name, address, node)
-            if node['ID'] in self._known:
-                member = self._known[node['ID']]
+            member = self._known.get(node['ID'])
+            if member is not None and member.url not in {other.url for other in members.values()}:
                 members[member.name] = member
         return list(members.values())
 

@@ -323,16 +323,20 @@ class Nodes:
         """See that a node is what it should be, and that no other server has this instance there; return the
         time of its own clock."""
         info = node.link.info()
+        self._refuse_twin(node, info)  # before it is asked for anything
+        if self._claims_it:
+            Claim(node.engine, lambda: self._state.id).take()
+        node.engine.remove_helpers()
+        self._refuse_twin(node, info)  # which may have joined meanwhile
+        node.join(info)
+        log.info('Node %s answers: %d cores, %.1f GB.', node.name, info['NCPU'], info['MemTotal'] / 1e9)
+        return parse_time(info.get('SystemTime'))
+
+    def _refuse_twin(self, node, info):
         for other in self._nodes.values():
             if other is not node and not other.away and (
                     [other.facts.get(key) for key in ('ID', 'Name')] == [info['ID'], info['Name']]):
                 raise DockerError(f'It is the same engine as that of node {other.name}.')
-        if self._claims_it:
-            Claim(node.engine, lambda: self._state.id).take()
-        node.engine.remove_helpers()
-        node.join(info)
-        log.info('Node %s answers: %d cores, %.1f GB.', node.name, info['NCPU'], info['MemTotal'] / 1e9)
-        return parse_time(info.get('SystemTime'))
 
     def _listen(self, node, since):
         """Tell what changes on a node until its stream of events ends, or it does not answer."""

@@ -11,10 +11,12 @@ import pytest
 from conftest import objects_of, port_ranges, remove_objects
 
 import agentbackend
+from _agentbackend import nodes as swarm_nodes
 from _agentbackend import swarm
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
+from _agentbackend.nodes import Swarm
 from _agentbackend.probes import Probes
 
 AWAY = 'Node far does not answer since noon.'
@@ -198,3 +200,60 @@ def test_the_editor_of_a_node_without_an_address_is_asked_where_its_ports_are_bo
     probes = Probes(SimpleNamespace(workspace_bind_address='{node}', workspace_host=''), nodes)
     asked = SimpleNamespace(node='local', ports={'codeServer': editor})
     assert probes.health(asked, 'its container', timeout=5) == b'alive'
+
+
+def test_of_two_nodes_that_are_one_engine_one_joins():
+    nodes = played()
+    for node in nodes._nodes.values():
+        node.lose('the test has begun')
+        node.link = SimpleNamespace(info=lambda: dict(FACTS, ID='one', Name='n1'))
+        node.engine = SimpleNamespace(remove_helpers=lambda: gevent.sleep(0.01))
+    nodes._claims_it = False
+    joining = [gevent.spawn(nodes._join, node) for node in nodes._nodes.values()]
+    gevent.joinall(joining)
+    first, second = sorted(nodes._nodes.values(), key=lambda node: node.away)
+    assert second.away and not first.away
+    assert {str(task.exception) for task in joining} == {
+        'None', f'It is the same engine as that of node {first.name}.'}
+
+
+def listed(key, state, name, address='192.0.2.3'):
+    """Return a node as a manager lists it."""
+    return {'ID': key, 'Description': {'Hostname': name}, 'Spec': {'Availability': 'active'},
+            'Status': {'State': state, 'Addr': address}}
+
+
+@pytest.fixture
+def ask_swarm(monkeypatch):
+    """A function that returns a Swarm of managers that say what is asked of them: {url: [what the engine says
+    of its swarm, the nodes]}."""
+    def make(managers):
+        def link(url, connect):
+            def info():
+                if isinstance(managers[url][0], Exception):
+                    raise managers[url][0]
+                return {'Swarm': managers[url][0]}
+            client = DockerClient()
+            client._api = SimpleNamespace(nodes=lambda: managers[url][1])
+            client.close = lambda: None
+            return SimpleNamespace(info=info, client=client)
+        monkeypatch.setattr(swarm_nodes, 'Link', link)
+        return Swarm(list(managers), 'ssh://{address}', None)
+    return make
+
+
+MANAGER = {'ControlAvailable': True, 'NodeID': 'id2'}
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_node_that_left_the_swarm_and_joined_again_is_one(ask_swarm, order):
+    old, new = [listed('old', 'ready', 'n3')], [listed('old', 'down', 'n3'), listed('new', 'ready', 'n3')]
+    said = {'ssh://192.0.2.2': [MANAGER, old]}
+    found = ask_swarm(said)
+    assert [member.name for member in found.members()] == ['n3']
+    for item in (new, [dict(new[0], Description={}), new[1]]):  # a leader that is new has not heard of the dead
+        said['ssh://192.0.2.2'][1] = item[::order]
+        assert [(member.name, member.state) for member in found.members()] == [('n3', 'ready')]
+    new[0]['Status']['Addr'] = '192.0.2.4'  # it is another machine
+    said['ssh://192.0.2.2'][1] = new
+    assert {member.name: member.state for member in found.members()} == {'n3': 'ready', 'n3-old': 'down'}
