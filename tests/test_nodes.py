@@ -1,6 +1,7 @@
 """A workspace whose node does not answer is not one that is gone. The engine here is one that is silent about
 some of its workspaces, as one of several would be that was cut off; at the end, several that are played."""
 import contextlib
+import json
 import socket
 import time
 from types import SimpleNamespace
@@ -16,8 +17,10 @@ from _agentbackend import swarm
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
+from _agentbackend.keeper import Keeper
 from _agentbackend.nodes import Swarm
 from _agentbackend.probes import Probes
+from _agentbackend.state import State
 
 AWAY = 'Node far does not answer since noon.'
 
@@ -251,9 +254,25 @@ def test_a_node_that_left_the_swarm_and_joined_again_is_one(ask_swarm, order):
     said = {'ssh://192.0.2.2': [MANAGER, old]}
     found = ask_swarm(said)
     assert [member.name for member in found.members()] == ['n3']
-    for item in (new, [dict(new[0], Description={}), new[1]]):  # a leader that is new has not heard of the dead
+    # A leader that is new has not heard of the dead one.
+    for item in (new, [dict(new[0], Description={}), new[1]]):
         said['ssh://192.0.2.2'][1] = item[::order]
         assert [(member.name, member.state) for member in found.members()] == [('n3', 'ready')]
     new[0]['Status']['Addr'] = '192.0.2.4'  # it is another machine
     said['ssh://192.0.2.2'][1] = new
     assert {member.name: member.state for member in found.members()} == {'n3': 'ready', 'n3-old': 'down'}
+
+
+def test_what_comes_back_under_a_name_that_was_given_away_gets_another(tmp_path, caplog):
+    state = State(tmp_path / 'never', {'codeServer': (1, 9), 'ssh': (10, 19), 'custom': (20, 29)})
+    config = SimpleNamespace(workspace_memory=2**30)
+    keeper = Keeper(config, state, *[None] * 6)
+    spec = {'folder': 'here', 'ssh': True, 'ttl': None, 'labels': {}, 'wanted_ports': []}
+    values = {'name': 'here', 'type': 'persistent', 'template': 'tiny', 'createdAt': '1.0', 'ports': '{}',
+              'gitUrl': '', 'gitBranch': '', 'spec': json.dumps(spec)}
+    for key, node in (('ws-aaaaaaaa', 'n2'), ('ws-bbbbbbbb', 'n3')):
+        values['node'] = node
+        keeper._adopt(key, None, {f'agentbackend.{name}': text for name, text in values.items()})
+    assert {item.id: (item.name, item.node) for item in state.all()} == {
+        'ws-aaaaaaaa': ('here', 'n2'), 'ws-bbbbbbbb': ('here-bbbbbbbb', 'n3')}
+    assert 'ws-bbbbbbbb is called here-bbbbbbbb from now on: another one is called here.' in caplog.text
