@@ -254,9 +254,12 @@ class Node:
     def each(self, items):
         """Yield what a generator gives that asks the engine, as `call` does."""
         end = object()
-        with contextlib.closing(items):
+        try:
             while (item := self.call(lambda: next(items, end))) is not end:
                 yield item
+        finally:
+            with contextlib.suppress(ValueError):  # it is at work yet, and ends with the greenlet that asks
+                items.close()
 
     @contextlib.contextmanager
     def entered(self, manager):

@@ -276,3 +276,25 @@ def test_what_comes_back_under_a_name_that_was_given_away_gets_another(tmp_path,
     assert {item.id: (item.name, item.node) for item in state.all()} == {
         'ws-aaaaaaaa': ('here', 'n2'), 'ws-bbbbbbbb': ('here-bbbbbbbb', 'n3')}
     assert 'ws-bbbbbbbb is called here-bbbbbbbb from now on: another one is called here.' in caplog.text
+
+
+def test_a_node_that_is_lost_while_something_is_read_is_told_as_such():
+    node, done = played()._node('192.0.2.1'), []
+
+    def items():
+        try:
+            yield 'first'
+            gevent.sleep(60)
+        finally:
+            done.append('all')
+    reading = node.each(items())
+    assert next(reading) == 'first'
+    gevent.spawn_later(0.01, node.lose, 'its cable is out')
+    with pytest.raises(EngineUnavailable, match='its cable is out'):
+        next(reading)
+    until(lambda: done == ['all'])
+    node.join(FACTS)
+    reading = node.each(items())  # whose reader leaves early
+    next(reading)
+    reading.close()
+    assert done == ['all'] * 2
