@@ -45,7 +45,8 @@ class Change:
 
 
 class Builder:
-    """The client of a node on which images are built, which is the same one as long as it answers."""
+    """The client of a node on which images are built, which is the same one as long as it answers and most
+    are like it."""
 
     def __init__(self, nodes):
         self._nodes, self._node = nodes, None
@@ -53,9 +54,10 @@ class Builder:
     @property
     def node(self):
         """The node: one that takes something new, of the platform that most have."""
-        if self._node is None or self._node.away:
-            ready = self._nodes.ready()
-            count = collections.Counter(node.platform for node in ready)
+        ready = self._nodes.ready()
+        count = collections.Counter(node.platform for node in ready)
+        # The first that answers, or one that is not in the list any more, says nothing of the others.
+        if self._node not in ready or count[self._node.platform] < max(count.values()):
             self._node = min(ready, key=lambda node: (not node.is_open, -count[node.platform], node.name))
         return self._node
 

@@ -298,3 +298,22 @@ def test_a_node_that_is_lost_while_something_is_read_is_told_as_such():
     next(reading)
     reading.close()
     assert done == ['all'] * 2
+
+
+def test_images_are_built_on_the_platform_that_most_have_whoever_answered_first():
+    nodes = played('tcp://192.0.2.1:2376,tcp://192.0.2.2:2376,tcp://192.0.2.3:2376,tcp://192.0.2.4:2376')
+    *others, slow, odd = nodes._nodes.values()
+    for node in (*others, slow):
+        node.lose('the test has begun')
+    odd.join(dict(FACTS, Architecture='aarch64'))
+    assert nodes.builder.node is odd
+    for node in others:
+        node.join(FACTS)
+    assert nodes.builder.node is others[0]
+    others[0].lose('it is off')
+    slow.join(FACTS)
+    assert nodes.builder.node is others[1]
+    others[0].join(FACTS)
+    assert nodes.builder.node is others[1], 'it has the images'
+    nodes._take([node.member for node in (others[0], slow, odd)])
+    assert nodes.builder.node is others[0], 'the other one is no more in the list'
