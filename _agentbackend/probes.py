@@ -101,7 +101,9 @@ class Probes:
 
     def health(self, workspace, container_id, timeout=PROBE_TIMEOUT):
         """Return the body of code-server's /healthz, or None when it does not answer within some seconds."""
-        node = self._engine.address(workspace.node)
+        if self._engine.away(workspace.node):
+            return None
+        node = self._engine.reached(workspace.node)
         address = node if node and self._everywhere else '' if node else self._address
         if not address:
             url = f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'

@@ -146,8 +146,13 @@ class Nodes:
         return f'Node {node} is not among the nodes that DOCKER_HOST names.'
 
     def address(self, node):
-        """Return where the published ports of a node are reached, '' for where the settings say."""
+        """Return where users reach the published ports of a node, '' for where the settings say."""
         return self._nodes[node].member.host if node in self._nodes else ''
+
+    def reached(self, node):
+        """Return the IP address to which the ports of a node are bound, which users may know by another, ''
+        for where the settings say."""
+        return self._nodes[node].member.address if node in self._nodes else ''
 
     def is_free(self, address, port):
         """Return whether nothing listens on a port that is to be published, as far as that is known here."""

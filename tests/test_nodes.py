@@ -18,7 +18,7 @@ from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
 from _agentbackend.keeper import Keeper
-from _agentbackend.nodes import Swarm
+from _agentbackend.nodes import Member, Swarm
 from _agentbackend.probes import Probes
 from _agentbackend.state import State
 
@@ -203,6 +203,18 @@ def test_the_editor_of_a_node_without_an_address_is_asked_where_its_ports_are_bo
     probes = Probes(SimpleNamespace(workspace_bind_address='{node}', workspace_host=''), nodes)
     asked = SimpleNamespace(node='local', ports={'codeServer': editor})
     assert probes.health(asked, 'its container', timeout=5) == b'alive'
+
+
+def test_an_editor_is_asked_at_the_address_of_its_node_whatever_users_call_that(editor):
+    nodes = played()
+    nodes._take([Member('n3', 'tcp://192.0.2.3:2376', '127.0.0.1', {'agentbackend.host': 'n3.invalid'})])
+    node, asked = nodes._node('n3'), SimpleNamespace(node='n3', ports={'codeServer': editor})
+    node.join(FACTS)
+    probes = Probes(SimpleNamespace(workspace_bind_address='{node}', workspace_host=''), nodes)
+    assert nodes.address('n3') == 'n3.invalid'
+    assert probes.health(asked, 'its container', timeout=5) == b'alive'
+    node.lose('its cable is out')
+    assert probes.health(asked, 'its container') is None, 'nobody is asked any more'
 
 
 def test_of_two_nodes_that_are_one_engine_one_joins():
