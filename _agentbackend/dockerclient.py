@@ -165,8 +165,8 @@ class DockerClient:
 
     @contextlib.contextmanager
     def get(self, url, name, params, *, timeout=CALL_TIMEOUT):
-        """Give the raw answer of GET /containers/<name>/... for the length of a block, to be read at
-        leisure."""
+        """Give the raw answer of a GET, of /containers/<name>/... say, for the length of a block, to be read
+        at leisure."""
         answer = self.api._get(self.api._url(url, name), params=params,
                                headers={'Accept-Encoding': 'identity'},
                                stream=True, timeout=timeout)

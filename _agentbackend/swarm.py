@@ -543,15 +543,17 @@ class Nodes:
     def bring(self, image, name, on_line):
         """See that a node has an image: it is brought from one that has it."""
         node = self._node(name)
+        if node.call(lambda: node.has_image(image)):  # whatever else is on its way there
+            return
         with node.bringing:
             if node.call(lambda: node.has_image(image)):
                 return
             source = next((other for other in self.ready() if other is not node
                            and other.call(lambda other=other: other.has_image(image))), None)
-            if source is None:
-                raise DockerError(f'No node that answers has the image {image} any more; try again.')
+            if source is None:  # it went with its node; the next turn builds it anew
+                raise EngineUnavailable(f'No node that answers has the image {image} any more.')
             begun = time.monotonic()
-            node.call(lambda: self._distribution.bring(image, source, node, on_line))
+            node.call(lambda: source.call(lambda: self._distribution.bring(image, source, node, on_line)))
             log.info('Image %s was brought from node %s to %s in %.0f s.', image, source.name, name,
                      time.monotonic() - begun)
 

@@ -7,13 +7,14 @@ import time
 from types import SimpleNamespace
 
 import gevent
+import gevent.pywsgi
 import gevent.server
 import pytest
 from conftest import objects_of, port_ranges, remove_objects
 
 import agentbackend
+from _agentbackend import dockerclient, swarm
 from _agentbackend import nodes as swarm_nodes
-from _agentbackend import swarm
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
@@ -21,6 +22,7 @@ from _agentbackend.keeper import Keeper
 from _agentbackend.nodes import Member, Swarm
 from _agentbackend.probes import Probes
 from _agentbackend.state import State
+from bench import double
 
 AWAY = 'Node far does not answer since noon.'
 
@@ -329,3 +331,69 @@ def test_images_are_built_on_the_platform_that_most_have_whoever_answered_first(
     assert nodes.builder.node is others[1], 'it has the images'
     nodes._take([node.member for node in (others[0], slow, odd)])
     assert nodes.builder.node is others[0], 'the other one is no more in the list'
+
+
+LARGE = b'layer' * 100_000
+
+
+class Packing(double.Engine):
+    """An engine that takes its time to pack an image, and keeps what it is given."""
+
+    def __init__(self, name, *images):
+        super().__init__(name)
+        self.images, self.given = set(images), []
+
+    def __call__(self, environ, start_response):
+        said = LARGE
+        if environ['PATH_INFO'].endswith('/large:1/get'):
+            gevent.sleep(2.4)
+        elif environ['PATH_INFO'].endswith('/images/load'):
+            self.given.append(environ['wsgi.input'].read())
+            said = b'{"stream": "Loaded"}'
+        else:
+            return super().__call__(environ, start_response)
+        start_response('200 OK', [])
+        return [said]
+
+    def image(self, name):
+        if name not in self.images:
+            raise double.Refused(404, f'No such image: {name}')
+        return super().image(name)
+
+
+def test_an_image_may_be_packed_for_longer_than_an_engine_has_to_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(dockerclient, 'CALL_TIMEOUT', 2)
+    engines, servers = [Packing('n1'), Packing('n2', 'large:1')], []
+    for engine in engines:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / engine.name))
+        listener.listen()
+        servers.append(gevent.pywsgi.WSGIServer(listener, engine, log=None))
+        servers[-1].start()
+    nodes = played(f'{tmp_path}/n1,{tmp_path}/n2')
+    nodes.bring('large:1', 'local', lambda line: None)
+    assert engines[0].given == [LARGE]
+    for server in servers:
+        server.stop()
+
+
+def test_an_image_that_is_there_does_not_wait_for_another_that_is_brought():
+    nodes = played()
+    nodes._node('192.0.2.1').has_image = lambda image: image == 'there:1'
+    nodes._node('192.0.2.2').has_image = lambda image: True
+    nodes._distribution = SimpleNamespace(bring=lambda *arguments: gevent.sleep(60))
+    bringing = gevent.spawn(nodes.bring, 'large:1', '192.0.2.1', None)
+    until(nodes._node('192.0.2.1').bringing.locked)
+    with gevent.Timeout(10):
+        nodes.bring('there:1', '192.0.2.1', None)
+    nodes._node('192.0.2.2').lose('it is off')
+    with pytest.raises(EngineUnavailable, match='it is off'):
+        bringing.get(timeout=10)
+
+
+def test_an_image_that_went_with_its_node_is_waited_for_until_it_is_built_anew():
+    nodes = played()
+    for node in nodes._nodes.values():
+        node.has_image = lambda image: False
+    with pytest.raises(EngineUnavailable, match='No node that answers has the image'):
+        nodes.bring('lost:1', '192.0.2.1', None)
