@@ -247,9 +247,8 @@ def ask_swarm(monkeypatch):
     def make(managers):
         def link(url, connect):
             def info():
-                if isinstance(managers[url][0], Exception):
-                    raise managers[url][0]
-                return {'Swarm': managers[url][0]}
+                said = managers[url][0]
+                return {'Swarm': said() if callable(said) else said}
             client = DockerClient()
             client._api = SimpleNamespace(nodes=lambda: managers[url][1])
             client.close = lambda: None
@@ -260,6 +259,33 @@ def ask_swarm(monkeypatch):
 
 
 MANAGER = {'ControlAvailable': True, 'NodeID': 'id2'}
+
+
+def no_answer():
+    raise EngineUnavailable('It is late.')
+
+
+def test_an_engine_on_this_machine_that_was_late_is_reached_by_its_socket(ask_swarm):
+    here, listing = 'unix:///run/no/docker.sock', [listed('id1', 'ready', 'n1', '192.0.2.1'),
+                                                   listed('id2', 'ready', 'n2', '192.0.2.2')]
+    said = {here: [no_answer, listing], 'ssh://192.0.2.2': [MANAGER, listing]}
+    found = ask_swarm(said)
+
+    def urls():
+        with gevent.Timeout(10):
+            return {member.name: member.url for member in found.members()}
+    away = {'n1': 'ssh://192.0.2.1', 'n2': 'ssh://192.0.2.2'}
+    for answer in (no_answer, None, {'NodeID': '', 'ControlAvailable': False}, lambda: gevent.sleep(60)):
+        said[here][0] = answer
+        assert urls() == away
+    said[here][0] = {'NodeID': 'id1', 'ControlAvailable': True}
+    assert urls() == away | {'n1': here}
+    said[here][0] = no_answer  # what is known is not asked for again
+    assert urls() == away | {'n1': here}
+    listing[0]['Status']['State'] = 'down'  # it left, and joined again
+    listing.append(listed('id3', 'ready', 'n1', '192.0.2.1'))
+    said[here][0] = {'NodeID': 'id3', 'ControlAvailable': True}
+    assert urls() == away | {'n1': here}
 
 
 @pytest.mark.parametrize('order', [1, -1])
