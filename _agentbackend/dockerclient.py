@@ -149,6 +149,10 @@ class DockerClient:
         remedy = next(text for words, text in REMEDIES if re.search(words, reason))
         return f'Docker does not answer at {self._named} ({reason.strip().rstrip(".")}). {remedy}'
 
+    def fetch(self, image, on_line):
+        """Return whether an image came from another engine; there is none here."""
+        return False
+
     def progress(self, begin, seconds, late):
         """Yield what the engine says of a push or a pull, which a function begins; raise DockerError with its
         error, and `late` when it says nothing for so many seconds."""

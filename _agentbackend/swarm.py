@@ -74,6 +74,13 @@ class Builder:
         """Yield what the engine says of a push or a pull, as DockerClient does."""
         return self.node.client.progress(*arguments)
 
+    def fetch(self, image, on_line):
+        """Bring an image from another node, unless none has it; return whether it is there."""
+        with contextlib.suppress(DockerError):
+            self._nodes.bring(image, self.node.name, on_line)
+            return True
+        return False
+
     def close(self):
         """End the ways to all nodes."""
         self._nodes.close()
@@ -549,6 +556,7 @@ class Nodes:
             if node.call(lambda: node.has_image(image)):
                 return
             source = next((other for other in self.ready() if other is not node
+                           and other.platform == node.platform
                            and other.call(lambda other=other: other.has_image(image))), None)
             if source is None:  # it went with its node; the next turn builds it anew
                 raise EngineUnavailable(f'No node that answers has the image {image} any more.')

@@ -6,7 +6,9 @@ import socket
 import time
 from types import SimpleNamespace
 
+import docker
 import gevent
+import gevent.event
 import gevent.pywsgi
 import gevent.server
 import pytest
@@ -18,6 +20,7 @@ from _agentbackend import nodes as swarm_nodes
 from _agentbackend.dockerclient import DockerClient
 from _agentbackend.engine import Engine
 from _agentbackend.errors import EngineUnavailable
+from _agentbackend.images import Templates
 from _agentbackend.keeper import Keeper
 from _agentbackend.nodes import Member, Swarm
 from _agentbackend.probes import Probes
@@ -423,3 +426,31 @@ def test_an_image_that_went_with_its_node_is_waited_for_until_it_is_built_anew()
         node.has_image = lambda image: False
     with pytest.raises(EngineUnavailable, match='No node that answers has the image'):
         nodes.bring('lost:1', '192.0.2.1', None)
+
+
+@pytest.mark.parametrize('platform', ['x86_64', 'aarch64'])
+def test_an_image_that_another_node_of_that_platform_has_is_not_built_again(tmp_path, platform):
+    nodes, built = played(), []
+    first, second = nodes._nodes.values()
+    second.join(dict(FACTS, Architecture=platform))
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'Dockerfile').write_text('FROM scratch\n')
+    templates = Templates(nodes.builder, [tmp_path], base_image='debian', base_image_timeout=0, ca_certs='',
+                          timeout=60)
+    tag, image = templates.tag('mine'), {'Config': {'Labels': {'agentbackend.settings': 'stdin'}}}
+    for node, images in (first, {}), (second, {tag: image}):
+        def inspect(name, images=images):
+            if name not in images:
+                raise docker.errors.ImageNotFound(name, SimpleNamespace(status_code=404), 'No such image')
+            return images[name]
+
+        def build(images=images, **arguments):
+            built.append(arguments['tag'])
+            images[tag] = image
+            return iter(())
+        node.client._api = SimpleNamespace(inspect_image=inspect, build=build, images=images)
+    nodes._distribution = SimpleNamespace(
+        bring=lambda name, source, node, on_line: node.client.api.images.update({name: image}))
+    assert nodes.builder.node is first
+    assert templates.image('mine', lambda line: None, gevent.event.Event()) == tag
+    assert built == ([] if platform == 'x86_64' else [tag]) and templates.hears(tag)
