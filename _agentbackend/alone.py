@@ -12,7 +12,11 @@ class Alone:
         return ''
 
     def address(self, node):
-        """Return where the published ports of a node are reached, '' for where the settings say."""
+        """Return where users reach the published ports of a node, '' for where the settings say."""
+        return ''
+
+    def reached(self, node):
+        """Return the IP address to which the ports of a node are bound, '' for where the settings say."""
         return ''
 
     def is_bound(self, container, address):

@@ -110,22 +110,24 @@ class Distribution:
 
     @staticmethod
     def _send(image, source, node, on_line):
-        with source.client.errors(), node.client.errors():
+        with source.client.errors():
             size, sent, told_at = source.client.api.inspect_image(image)['Size'], 0, 0
-
-            def pieces():
-                nonlocal sent, told_at
-                for piece in cooperatively(source.client.api.get_image(image)):
-                    sent += len(piece)
-                    if time.monotonic() - told_at > TELL_PAUSE:
-                        told_at = time.monotonic()
-                        on_line(f'Bringing image {image} from node {source.name} to {node.name}: '
-                                f'{sent / 1e6:.0f} of {size / 1e6:.0f} MB')
-                    yield piece
-            for said in node.client.api.load_image(pieces()):
-                if 'error' in said:
-                    raise DockerError(f'Node {node.name} does not take the image {image}: '
-                                      f'{json.dumps(said["error"])}')
+            # An engine packs a large image for minutes before its first byte comes.
+            packed = source.client.get('/images/{0}/get', image, None, timeout=None)
+            with packed as answer, node.client.errors():
+                def pieces():
+                    nonlocal sent, told_at
+                    for piece in cooperatively(source.client.pieces(answer)):
+                        sent += len(piece)
+                        if time.monotonic() - told_at > TELL_PAUSE:
+                            told_at = time.monotonic()
+                            on_line(f'Bringing image {image} from node {source.name} to {node.name}: '
+                                    f'{sent / 1e6:.0f} of {size / 1e6:.0f} MB')
+                        yield piece
+                for said in node.client.api.load_image(pieces()):
+                    if 'error' in said:
+                        raise DockerError(f'Node {node.name} does not take the image {image}: '
+                                          f'{json.dumps(said["error"])}')
 
 
 def forget(node, name):

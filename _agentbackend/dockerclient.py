@@ -149,6 +149,10 @@ class DockerClient:
         remedy = next(text for words, text in REMEDIES if re.search(words, reason))
         return f'Docker does not answer at {self._named} ({reason.strip().rstrip(".")}). {remedy}'
 
+    def fetch(self, image, on_line):
+        """Return whether an image came from another engine; there is none here."""
+        return False
+
     def progress(self, begin, seconds, late):
         """Yield what the engine says of a push or a pull, which a function begins; raise DockerError with its
         error, and `late` when it says nothing for so many seconds."""
@@ -165,8 +169,8 @@ class DockerClient:
 
     @contextlib.contextmanager
     def get(self, url, name, params, *, timeout=CALL_TIMEOUT):
-        """Give the raw answer of GET /containers/<name>/... for the length of a block, to be read at
-        leisure."""
+        """Give the raw answer of a GET, of /containers/<name>/... say, for the length of a block, to be read
+        at leisure."""
         answer = self.api._get(self.api._url(url, name), params=params,
                                headers={'Accept-Encoding': 'identity'},
                                stream=True, timeout=timeout)

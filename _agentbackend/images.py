@@ -230,9 +230,11 @@ class Templates:
             build.say(f'Building image {tag} of template {name}.')
             log.info('Building image %s of template %s; this can take some minutes.', tag, name)
             late = DockerError(f'The build of image {tag} took more than BUILD_TIMEOUT={self._timeout} s.')
-            with gevent.Timeout(self._timeout, late):
-                self._build(name, tag, self._below(name, build.say),
-                            lambda line: self._said(build, name, line))
+            if not self._client.fetch(tag, build.say):
+                with gevent.Timeout(self._timeout, late):
+                    self._build(name, tag, self._below(name, build.say),
+                                lambda line: self._said(build, name, line))
+            self._has_image(tag)  # and whether it hears
             self._errors.pop(name, None)
             self._ready[name] = tag
             log.info('Image %s is ready after %.0f s.', tag, time.time() - build.started_at)
@@ -281,7 +283,6 @@ class Templates:
                     on_line(line)
                 if 'error' in item:
                     raise DockerError(f'The build of image {tag} failed:\n' + '\n'.join(last) + hint)
-        self._has_image(tag)
 
     @contextlib.contextmanager
     def _packed(self, name):

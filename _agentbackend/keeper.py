@@ -330,6 +330,11 @@ class Keeper:
             'name': value['name'], 'memory': self._config.workspace_memory, 'status': STOPPED,
             'node': value.get('node', '')}
         found.setdefault('password', secrets.token_urlsafe(12))
+        if any(found['name'] in (item.name, item.id) for item in self._state.all()):
+            # It was given away while the node was not among them.
+            taken, found['name'] = found['name'], f"{found['name']}-{workspace_id.removeprefix('ws-')}"
+            log.warning('Workspace %s is called %s from now on: another one is called %s.', workspace_id,
+                        found['name'], taken)
         # What the state file would refuse at the next start is refused here.
         self._state.adopt(record_of(Workspace, {**json.loads(value['spec']), **record, **found}))
         log.info('Adopted workspace %s (%s) from the engine.', workspace_id, found['name'])

@@ -19,6 +19,7 @@ from _agentbackend.errors import DockerError, EngineUnavailable, MissingOnEngine
 from _agentbackend.timing import view_time
 
 ANSWER_TIME = 4  # seconds that a node has to answer
+HERE_TIME = 1  # that one on this machine has to say which it is
 ENGINES_SOCKET = '/var/run/docker.sock'
 
 
@@ -161,11 +162,10 @@ class Swarm:
             state = swarm.get('LocalNodeState')
             raise DockerError(f'The engine at {url} is no manager of a swarm ({state}): '
                               'docker swarm init makes one, docker node promote another.')
-        if url.startswith('unix://'):
-            self._sockets[swarm.get('NodeID')] = url
         with link.client.errors(), gevent.Timeout(ANSWER_TIME, link.client.silence(ANSWER_TIME)):
             found = link.client.api.nodes()
-        # One that left and joined again is listed twice: the dead one has lost its name.
+        self._find_sockets(found)
+        # One that left and joined again is listed twice: the dead one has lost its name, and is left out.
         members, found = {}, sorted(found, key=lambda node: node['Status']['State'] != 'ready')
         for node in found:
             name, address = (node.get('Description') or {}).get('Hostname'), address_of(node)
@@ -173,10 +173,21 @@ class Swarm:
             if name and address:
                 name = name if name not in members else f"{name}-{node['ID'][:6]}"
                 self._known[node['ID']] = self._member(name, address, node)
-            if node['ID'] in self._known:
-                member = self._known[node['ID']]
+            member = self._known.get(node['ID'])
+            if member is not None and member.url not in {other.url for other in members.values()}:
                 members[member.name] = member
         return list(members.values())
+
+    def _find_sockets(self, found):
+        """See which nodes have their engine on this machine, whoever names them; one that is late is not
+        waited for."""
+        known = {self._sockets.get(node['ID']) for node in found if node['Status']['State'] == 'ready'}
+        for url, link in self._links:
+            if url.startswith('unix://') and url not in known:
+                late = link.client.silence(HERE_TIME)
+                with contextlib.suppress(DockerError), gevent.Timeout(HERE_TIME, late):
+                    key = (link.info().get('Swarm') or {}).get('NodeID')
+                    self._sockets |= {key: url} if key else {}
 
     def _member(self, name, address, node):
         spec = node['Spec']
@@ -254,9 +265,12 @@ class Node:
     def each(self, items):
         """Yield what a generator gives that asks the engine, as `call` does."""
         end = object()
-        with contextlib.closing(items):
+        try:
             while (item := self.call(lambda: next(items, end))) is not end:
                 yield item
+        finally:
+            with contextlib.suppress(ValueError):  # it is at work yet, and ends with the greenlet that asks
+                items.close()
 
     @contextlib.contextmanager
     def entered(self, manager):

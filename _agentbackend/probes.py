@@ -8,7 +8,7 @@ import time
 
 import gevent
 
-from _agentbackend.config import EVERYWHERE
+from _agentbackend.config import EVERYWHERE, NODE_ADDRESS
 from _agentbackend.dockerlog import parse_stamp
 from _agentbackend.engine import CODE_SERVER_PORT, HEARS, SSH_PORT
 from _agentbackend.errors import ConflictOnEngine, DockerError, MissingOnEngine, UnreadableLog
@@ -72,7 +72,7 @@ class Probes:
         address = config.workspace_bind_address
         # Where published ports are reached from here, '' where they have another address than the one that
         # they are bound to.
-        here = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(address, address)
+        here = {'0.0.0.0': '127.0.0.1', '::': '::1', NODE_ADDRESS: '127.0.0.1'}.get(address, address)
         self._address = '' if config.workspace_host else here
         self._everywhere = address in EVERYWHERE
         self._usage = {}  # workspace id -> its last measurement
@@ -101,7 +101,9 @@ class Probes:
 
     def health(self, workspace, container_id, timeout=PROBE_TIMEOUT):
         """Return the body of code-server's /healthz, or None when it does not answer within some seconds."""
-        node = self._engine.address(workspace.node)
+        if self._engine.away(workspace.node):
+            return None
+        node = self._engine.reached(workspace.node)
         address = node if node and self._everywhere else '' if node else self._address
         if not address:
             url = f'http://127.0.0.1:{CODE_SERVER_PORT}/healthz'

@@ -45,7 +45,8 @@ class Change:
 
 
 class Builder:
-    """The client of a node on which images are built, which is the same one as long as it answers."""
+    """The client of a node on which images are built, which is the same one as long as it answers and most
+    are like it."""
 
     def __init__(self, nodes):
         self._nodes, self._node = nodes, None
@@ -53,9 +54,10 @@ class Builder:
     @property
     def node(self):
         """The node: one that takes something new, of the platform that most have."""
-        if self._node is None or self._node.away:
-            ready = self._nodes.ready()
-            count = collections.Counter(node.platform for node in ready)
+        ready = self._nodes.ready()
+        count = collections.Counter(node.platform for node in ready)
+        # The first that answers, or one that is not in the list any more, says nothing of the others.
+        if self._node not in ready or count[self._node.platform] < max(count.values()):
             self._node = min(ready, key=lambda node: (not node.is_open, -count[node.platform], node.name))
         return self._node
 
@@ -71,6 +73,13 @@ class Builder:
     def progress(self, *arguments):
         """Yield what the engine says of a push or a pull, as DockerClient does."""
         return self.node.client.progress(*arguments)
+
+    def fetch(self, image, on_line):
+        """Bring an image from another node, unless none has it; return whether it is there."""
+        with contextlib.suppress(DockerError):
+            self._nodes.bring(image, self.node.name, on_line)
+            return True
+        return False
 
     def close(self):
         """End the ways to all nodes."""
@@ -144,8 +153,13 @@ class Nodes:
         return f'Node {node} is not among the nodes that DOCKER_HOST names.'
 
     def address(self, node):
-        """Return where the published ports of a node are reached, '' for where the settings say."""
+        """Return where users reach the published ports of a node, '' for where the settings say."""
         return self._nodes[node].member.host if node in self._nodes else ''
+
+    def reached(self, node):
+        """Return the IP address to which the ports of a node are bound, which users may know by another, ''
+        for where the settings say."""
+        return self._nodes[node].member.address if node in self._nodes else ''
 
     def is_free(self, address, port):
         """Return whether nothing listens on a port that is to be published, as far as that is known here."""
@@ -323,16 +337,20 @@ class Nodes:
         """See that a node is what it should be, and that no other server has this instance there; return the
         time of its own clock."""
         info = node.link.info()
+        self._refuse_twin(node, info)  # before it is asked for anything
+        if self._claims_it:
+            Claim(node.engine, lambda: self._state.id).take()
+        node.engine.remove_helpers()
+        self._refuse_twin(node, info)  # which may have joined meanwhile
+        node.join(info)
+        log.info('Node %s answers: %d cores, %.1f GB.', node.name, info['NCPU'], info['MemTotal'] / 1e9)
+        return parse_time(info.get('SystemTime'))
+
+    def _refuse_twin(self, node, info):
         for other in self._nodes.values():
             if other is not node and not other.away and (
                     [other.facts.get(key) for key in ('ID', 'Name')] == [info['ID'], info['Name']]):
                 raise DockerError(f'It is the same engine as that of node {other.name}.')
-        if self._claims_it:
-            Claim(node.engine, lambda: self._state.id).take()
-        node.engine.remove_helpers()
-        node.join(info)
-        log.info('Node %s answers: %d cores, %.1f GB.', node.name, info['NCPU'], info['MemTotal'] / 1e9)
-        return parse_time(info.get('SystemTime'))
 
     def _listen(self, node, since):
         """Tell what changes on a node until its stream of events ends, or it does not answer."""
@@ -532,15 +550,18 @@ class Nodes:
     def bring(self, image, name, on_line):
         """See that a node has an image: it is brought from one that has it."""
         node = self._node(name)
+        if node.call(lambda: node.has_image(image)):  # whatever else is on its way there
+            return
         with node.bringing:
             if node.call(lambda: node.has_image(image)):
                 return
             source = next((other for other in self.ready() if other is not node
+                           and other.platform == node.platform
                            and other.call(lambda other=other: other.has_image(image))), None)
-            if source is None:
-                raise DockerError(f'No node that answers has the image {image} any more; try again.')
+            if source is None:  # it went with its node; the next turn builds it anew
+                raise EngineUnavailable(f'No node that answers has the image {image} any more.')
             begun = time.monotonic()
-            node.call(lambda: self._distribution.bring(image, source, node, on_line))
+            node.call(lambda: source.call(lambda: self._distribution.bring(image, source, node, on_line)))
             log.info('Image %s was brought from node %s to %s in %.0f s.', image, source.name, name,
                      time.monotonic() - begun)
 
