@@ -283,6 +283,10 @@ def test_the_keyboard_is_enough(make_page, server):
     expect(page.locator('#logs-panel')).to_be_visible()
     page.keyboard.press('a')  # as who dictates says it
     expect(page.locator('#agent-panel')).to_be_hidden()
+    here = page.url
+    on_a_mac = {'code': 'KeyA', 'key': 'å', 'altKey': True, 'bubbles': True}
+    page.dispatch_event('#log-search', 'keydown', on_a_mac)
+    assert page.url == here
     page.keyboard.press('Alt+KeyH')
     expect(page.locator('#help-dialog')).to_be_visible()
     assert page.locator('#new-button').get_attribute('title') == 'New workspace (Alt+N)'
