@@ -3,12 +3,12 @@ import re
 import shlex
 
 import pytest
-from browsing import PATIENCE, log_lines, open_dashboard, visit
+from browsing import PATIENCE, log_lines, open_dashboard, see, visit
 from conftest import Served, remove_objects
 from playwright.sync_api import expect
 
-# It does what its task says: `plan` has three steps, `wander` tells no total and goes on until it is
-# cancelled, `nasty` tries to break the page.
+# It does what its task says: `plan` has three steps of two calls at a time, `wander` tells no total and goes
+# on until it is cancelled, `nasty` tries to break the page.
 AGENT = r'''
 read -r task
 say() { printf '%s\n' "$1"; }
@@ -17,10 +17,10 @@ plan*)
     say "I do this: $task"
     for step in 1 2 3; do
         say '{"type":"progress","data":{"step":'$step',"total":3,"message":"Creating file'$step'.ts"}}'
-        data='{"stream":"tool","tool":"Write","message":"file'$step'.ts","status":'
-        say '{"type":"log","data":'"$data"'"started"}}'
+        data='{"stream":"tool","message":"file'$step'.ts","tool":'
+        for tool in Write Read; do say '{"type":"log","data":'"$data"'"'$tool'","status":"started"}}'; done
         sleep 1
-        say '{"type":"log","data":'"$data"'"completed"}}'
+        for tool in Write Read; do say '{"type":"log","data":'"$data"'"'$tool'","status":"completed"}}'; done
     done
     say '{"type":"result","data":{"message":"All three files are there."}}' ;;
 wander*)
@@ -168,12 +168,17 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     expect(track).to_have_attribute('aria-valuemax', '3')
     expect(page.locator('.task-text')).to_have_text('plan three files')
     expect(page.locator('#agent-count')).to_have_text('1')
+    # A page that is not seen leaves its connection to others, and misses nothing.
+    with page.expect_event('requestfailed', lambda request: '/agent/sse/' in request.url):
+        see(page, False)
+    expect(page.locator('#sessions li')).to_contain_text('completed')
+    see(page)
     expect(page.locator('.end')).to_contain_text('All three files are there.')
     expect(page.locator('.said')).to_have_text('I do this: plan three files')
+    expect(page.locator('.step b')).to_have_text([f'Step {number} of 3' for number in (1, 2, 3)])
     done = page.locator('.did').evaluate_all('all => all.map((node) => node.dataset.status)')
-    assert done == ['completed'] * 3
+    assert done == ['completed'] * 6
     expect(page.locator('#sessions li')).to_have_count(1)
-    expect(page.locator('#sessions li')).to_contain_text('completed')
 
     page.click('#session-new')
     expect(page.locator('.end')).to_have_count(0)
