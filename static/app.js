@@ -58,7 +58,8 @@ function route() {
 
 /** Leave the workspace that is shown, and begin with another, or with none. */
 function open(wanted) {
-  Object.assign(state, { open: wanted, session: null, sessions: [] });
+  // With neither a tab nor a session, which both begin anew when they are shown.
+  Object.assign(state, { open: wanted, tab: null, session: undefined, sessions: [] });
   tasks.leave();
   byId('log-search').value = '';
   beginLog(wanted ? 'Nothing was printed yet.' : '');

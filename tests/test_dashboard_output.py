@@ -40,10 +40,12 @@ esac
 
 @pytest.fixture(scope='module')
 def agent_server(tmp_path_factory, templates_dir, docker_client, base_image):
-    """A server whose agent is a script, with one workspace `lab` of the template `blank`."""
+    """A server whose agent is a script, with one workspace `lab` of the template `blank`, and one `elsewhere`
+    that has printed much."""
     served = Served(tmp_path_factory.mktemp('served'), templates_dir,
                     AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
     try:
+        served.create('elsewhere', env={'PRINT': 'seq 400; echo the end'})
         served.create('lab', template='blank')
         served.wait_status('lab', 'running', timeout=1500)
         yield served
@@ -201,6 +203,36 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     page.reload()
     expect(page.locator('.end')).to_have_count(2)
     expect(page.locator('.task-text')).to_have_text(['wander about', 'plan again, in the same session'])
+
+
+def test_a_task_is_given_once_and_nothing_of_it_shows_elsewhere(make_page, agent_server):
+    page = make_page(expected='status of 40')
+    identity = agent_server.get('/api/workspaces/elsewhere')['id']
+    open_dashboard(page, agent_server, f'#/w/{identity}/agent/no-session')
+    agent, wrong = (page.locator(f'#composer {part}') for part in ('[name=agent]', '[data-for=task]'))
+    expect(agent).to_be_disabled()
+    page.click('#task-run')
+    expect(wrong).to_be_visible()
+
+    def go(name):
+        page.locator('#workspaces a', has_text=name).click()
+        expect(page.locator('#ws-name')).to_have_text(name)
+        page.click('#tab-agent')
+    go('lab')
+    expect(wrong).to_be_hidden()
+    expect(agent).to_be_enabled()
+
+    given = []
+    page.route('**/api/agent/execute', lambda route: given.append(route))
+    page.fill('textarea[name=task]', 'be nasty')
+    with page.expect_request('**/api/agent/execute'):
+        page.keyboard.press('Control+Enter')
+    page.keyboard.press('Control+Enter')
+    go('elsewhere')
+    assert len(given) == 1
+    given[0].continue_()
+    expect(page.locator('textarea[name=task]')).to_have_value('')
+    assert identity in page.url
 
 
 def test_what_an_agent_says_is_only_text(make_page, agent_server):
