@@ -246,9 +246,30 @@ def test_what_an_agent_says_is_only_text(make_page, agent_server):
     assert page.locator('#transcript img, #transcript script').count() == 0
 
 
+def test_what_others_make_moves_neither_the_log_nor_the_focus(make_page, agent_server):
+    def another(name):
+        agent_server.create(name, template='tiny')
+        expect(page.locator('#workspaces li', has_text=name)).to_be_visible()
+    page = make_page()
+    open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/elsewhere')['id'])
+    expect(page.locator('#log')).to_contain_text('the end')
+    page.hover('#log')
+    page.mouse.wheel(0, -2000)
+    expect(page.locator('#log-jump')).to_be_visible()
+    another('newcomer')
+    expect(page.locator('#log-jump')).to_be_visible()
+    visit(page, '#/w/' + agent_server.get('/api/workspaces/lab')['id'] + '/terminal', agent_server)
+    rows = page.frame_locator('#terminal-panel iframe').locator('.xterm-rows')
+    expect(rows).to_contain_text('$')
+    page.keyboard.press('Control+F6')  # the other keys are the program's
+    expect(page.locator('#tab-terminal')).to_be_focused()
+    another('latecomer')
+    expect(page.locator('#tab-terminal')).to_be_focused()
+
+
 def test_a_terminal_outlives_the_page_and_the_server(make_page, agent_server):
-    page, lab = make_page(expected='status of 40|ERR_CONNECTION_REFUSED|WebSocket'), agent_server.get(
-        '/api/workspaces/lab')
+    page = make_page(expected='status of (40|502)|ERR_CONNECTION_REFUSED|WebSocket')
+    lab = agent_server.get('/api/workspaces/lab')
     open_dashboard(page, agent_server, f"#/w/{lab['id']}")
     page.click('#tab-terminal')
     rows = page.frame_locator('#terminal-panel iframe').locator('.xterm-rows')
@@ -256,8 +277,11 @@ def test_a_terminal_outlives_the_page_and_the_server(make_page, agent_server):
     page.keyboard.type('export KEPT=here; echo $((40 + 2))!\n')
     expect(rows).to_contain_text('42!')
     agent_server.settings['PORT'] = str(agent_server.port)
-    agent_server.kill()
+    page.route('**/api/**', lambda route: route.fulfill(status=502))  # as a proxy does in its place
+    with page.expect_response(lambda answer: answer.frame != page.main_frame):
+        agent_server.kill()
     expect(rows).to_contain_text('The connection is lost. Reconnecting')
+    page.unroute('**/api/**')
     agent_server.start()
     expect(rows).not_to_contain_text('Reconnecting')
     expect(rows).to_contain_text('42!')
