@@ -38,6 +38,7 @@ export function askToken() {
       resolve();
     };
     dialog.oncancel = (event) => event.preventDefault(); // there is nothing to see without it
+    dialog.onclose = () => { if (asking && !dialog.open) dialog.showModal(); }; // a second Escape closes it
     dialog.showModal();
   });
   return asking;

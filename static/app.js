@@ -58,7 +58,8 @@ function route() {
 
 /** Leave the workspace that is shown, and begin with another, or with none. */
 function open(wanted) {
-  Object.assign(state, { open: wanted, session: null, sessions: [] });
+  // With neither a tab nor a session, which both begin anew when they are shown.
+  Object.assign(state, { open: wanted, tab: null, session: undefined, sessions: [] });
   tasks.leave();
   byId('log-search').value = '';
   beginLog(wanted ? 'Nothing was printed yet.' : '');
@@ -86,22 +87,24 @@ function listen({ anew = false } = {}) {
 }
 
 function showTab(tab, session) {
+  const isShown = tab === state.tab; // so only the list has come anew: neither scroll nor focus may move
   state.tab = tab;
   for (const name of TABS) {
     byId(`tab-${name}`).setAttribute('aria-selected', String(name === tab));
     byId(`tab-${name}`).tabIndex = name === tab ? 0 : -1;
     byId(`${name}-panel`).hidden = name !== tab;
   }
-  if (tab === 'logs') log.toEnd();
-  else if (tab === 'terminal') showTerminal();
-  else showSession(session);
+  if (tab === 'agent') showSession(session);
+  else if (isShown) return;
+  else if (tab === 'logs') log.toEnd();
+  else showTerminal();
 }
 
 /** Show the terminal: a page of its own, since its styles need more leave than this one gives. */
 function showTerminal() {
   const panel = byId('terminal-panel');
   if (panel.firstChild) panel.firstChild.focus();
-  else panel.append(el('iframe', { src: `terminal#${state.open}`, title: 'Terminal of the workspace' }));
+  else panel.append(el('iframe', { src: `terminal#${state.open}`, title: 'Terminal; Ctrl+F6 leaves it' }));
 }
 
 // What comes

@@ -3,7 +3,7 @@
 import { byId, complain, el, on, speak } from './page.js';
 import { api, request, workspacePath } from './api.js';
 import { offers } from './offers.js';
-import { defaultTemplate, neverRan, onChange, problems, state, take } from './store.js';
+import { defaultTemplate, loadList, neverRan, onChange, problems, state, take } from './store.js';
 import { buildWords, currentBuild } from './build.js';
 import { RETRY, openCreate } from './forms.js';
 
@@ -60,6 +60,7 @@ function imageStep(build) {
 /** Have the image that failed built again, which a workspace does: the one that it failed, or a new one. */
 async function tryAgain() {
   const { name } = defaultTemplate();
+  await loadList().catch(() => {}); // the status that told of a failure did not tell whether it ever ran
   const failed = [...state.workspaces.values()].find((item) => neverRan(item) && item.template === name);
   if (!failed || !offers('POST', RETRY)) openCreate();
   else await api('POST', workspacePath(failed.id, '/retry'), {}).then(take, complain);

@@ -58,6 +58,8 @@ const KEYS = {
   KeyP: () => { if (inLog()) byId('log-pause').click(); },
   Slash: () => (inLog() ? byId('log-search') : byId('filter')).focus(),
 };
+// What Alt makes on a Mac belongs into a field; elsewhere it leaves the letter as it is.
+const isWritten = (key) => !/^[a-z/-]$/i.test(key);
 const shortcuts = byId('shortcuts');
 shortcuts.checked = kept('shortcuts') !== 'off';
 
@@ -67,7 +69,7 @@ document.addEventListener('keydown', (event) => {
   if (event.key === 'Escape') {
     if (typing) typing.blur();
     else if (state.open) location.hash = '#/';
-  } else if (event.altKey && shortcuts.checked && KEYS[event.code]) {
+  } else if (event.altKey && shortcuts.checked && KEYS[event.code] && !(typing && isWritten(event.key))) {
     event.preventDefault();
     KEYS[event.code]();
   }

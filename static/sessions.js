@@ -46,7 +46,9 @@ function showReason() {
 }
 
 async function runTask() {
+  if (byId('task-run').disabled) return; // the keys do what the button does
   const form = byId('composer');
+  const place = location.hash;
   const body = { workspaceId: state.open, task: form.task.value };
   if (state.session) body.sessionId = state.session;
   else if (form.agent.value.trim()) body.agent = form.agent.value.trim();
@@ -54,12 +56,14 @@ async function runTask() {
   try {
     byId('task-run').disabled = true;
     const told = await api('POST', 'api/agent/execute', body);
+    if (form.task.value === body.task) form.task.value = '';
+    if (location.hash !== place) { tasks.show(); return; } // nobody is taken from where they went meanwhile
     trouble(form, null);
-    form.task.value = '';
     if (told.sessionId === state.session && tasks.id === state.session) laterSessions();
     else goSession(told.workspaceId, told.sessionId);
   } catch (error) {
-    trouble(form, error);
+    if (location.hash === place) trouble(form, error);
+    else complain(error);
     tasks.show();
   }
 }

@@ -16,7 +16,7 @@ export const state = {
   loaded: false,
   open: null, // id of the workspace that is shown
   tab: 'logs',
-  session: null, // id of the session that is shown
+  session: undefined, // id of the session that is shown, null for a new one, undefined before any was
 };
 
 const changes = new EventTarget();

@@ -29,14 +29,29 @@ export async function* readEvents(path, signal) {
   yield* eventsOf(await request('GET', path, { signal, accept: 'text/event-stream' }));
 }
 
+/** Wait until the page is seen. */
+const seen = () => new Promise((resolve) => {
+  const look = () => {
+    if (document.hidden) return;
+    document.removeEventListener('visibilitychange', look);
+    resolve();
+  };
+  document.addEventListener('visibilitychange', look);
+  look();
+});
+
 /** Follow the events of a session over SSE, whatever happens to the connection. */
 export async function followSession(id, onEvent, signal) {
   let after = '';
   for (let tries = 0; !signal.aborted; tries += 1) {
+    await seen(); // over HTTP/1.1 a browser has six connections for all its tabs
+    const unseen = new AbortController();
+    const leave = () => { if (document.hidden) unseen.abort(); };
+    document.addEventListener('visibilitychange', leave);
     try {
       const query = after ? `?after=${encodeURIComponent(after)}` : '';
       const path = `agent/sse/${encodeURIComponent(id)}${query}`;
-      for await (const event of readEvents(path, signal)) {
+      for await (const event of readEvents(path, AbortSignal.any([signal, unseen.signal]))) {
         tries = 0;
         after = event.id ?? after;
         onEvent(event);
@@ -44,8 +59,8 @@ export async function followSession(id, onEvent, signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error.status >= 400 && error.status < 500 && error.status !== 429) { complain(error); return; }
-    }
-    await sleep(pause(tries));
+    } finally { document.removeEventListener('visibilitychange', leave); }
+    if (!unseen.signal.aborted) await sleep(pause(tries));
   }
 }
 

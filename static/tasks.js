@@ -22,6 +22,7 @@ class TaskView {
     this.id = null;
     this.running = false;
     this.runs = new Map();
+    this.calls = [];
     this.box.replaceChildren(el('p', { className: 'empty' }, NOTHING));
     this.show();
     byId('progress').hidden = true;
@@ -64,6 +65,7 @@ class TaskView {
 
   begin(data) {
     this.running = true;
+    this.calls = []; // rows of the calls of tools that have not ended, of which there may be several
     this.bar(0, null, 'Starting…');
     const task = el('div', { className: 'task-text', data: { run: data.runId } }, '…');
     this.runs.set(data.runId, task);
@@ -86,16 +88,16 @@ class TaskView {
   }
 
   did(data) {
-    const title = String(data.message ?? '');
-    if (data.tool && data.status !== 'started' && this.tool?.dataset.title === title) {
-      this.tool.dataset.status = data.status;
-      this.tool = null;
-      return null;
-    }
     const words = data.tool ? `${data.tool}  ${data.message}` : data.message;
     const status = data.status ?? '';
-    const row = el('div', { className: 'did', data: { status, title } }, ...plainParts(words));
-    if (data.tool) this.tool = row;
+    const begins = data.tool && status === 'started';
+    const at = data.tool && !begins ? this.calls.findIndex((row) => row.dataset.title === words) : -1;
+    if (at >= 0) {
+      this.calls.splice(at, 1)[0].dataset.status = status;
+      return null;
+    }
+    const row = el('div', { className: 'did', data: { status, title: words } }, ...plainParts(words));
+    if (begins) this.calls.push(row);
     return row;
   }
 

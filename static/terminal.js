@@ -29,11 +29,14 @@ async function address() {
   return url;
 }
 
+/** Say why not to try again, unless the server was not reached: a proxy then answers 502 or the like. */
+const refused = ({ status, message }) => ({ last: status >= 400 && status < 500 ? message : '' });
+
 /** Join the terminal, and come back to it by itself where the connection is lost. */
 async function join() {
   onEnter = null;
   for (let tries = 0; ; tries += 1) {
-    const end = await address().then(converse, (error) => ({ last: error.status ? error.message : '' }));
+    const end = await address().then(converse, refused);
     if (end.wasReady) tries = 0;
     if (end.last) {
       tell(`${end.last} Press Enter to begin again.`);
@@ -72,6 +75,14 @@ function send(data) {
 
 terminal.loadAddon(fit);
 terminal.open(byId('terminal'));
+// All keys are the program's but for this one, with which those who have no mouse leave it.
+terminal.attachCustomKeyEventHandler((event) => {
+  const tab = window.parent.document.getElementById('tab-terminal');
+  if (!tab || event.key !== 'F6' || !event.ctrlKey) return true;
+  event.preventDefault();
+  if (event.type === 'keydown') tab.focus();
+  return false;
+});
 terminal.onData((text) => send(typed.encode(text)));
 terminal.onBinary((text) => send(Uint8Array.from(text, (letter) => letter.charCodeAt(0))));
 terminal.onResize(({ cols, rows }) => {

@@ -85,6 +85,14 @@ def open_dashboard(page, server, place=''):
     expect(page.locator('#link')).to_have_text('live')
 
 
+def see(page, seen=True):
+    """Let a page be seen, or not."""
+    page.evaluate(f"""() => {{
+        Object.defineProperty(document, 'hidden', {{value: {str(not seen).lower()}, configurable: true}});
+        document.dispatchEvent(new Event('visibilitychange'));
+    }}""")
+
+
 def create(page, name):
     """Fill in the name in the form of a new workspace, and make it."""
     page.fill('#create-form [name=name]', name)

@@ -3,7 +3,7 @@ import re
 import time
 
 import pytest
-from browsing import open_dashboard, visit
+from browsing import open_dashboard, see, visit
 from conftest import ROOT, objects_of
 from helpers import PUBLIC_KEY, free_port
 from playwright.sync_api import expect
@@ -197,16 +197,10 @@ def test_nothing_is_asked_for_while_nobody_looks(make_page, server):
     open_dashboard(page, server)
     expect(page.locator('#workspaces li', has_text='unseen')).to_contain_text('%')
     assert asked_of(page, 4)
-    page.evaluate("""() => {
-        Object.defineProperty(document, 'hidden', {value: true, configurable: true});
-        document.dispatchEvent(new Event('visibilitychange'));
-    }""")
+    see(page, False)
     page.wait_for_timeout(1000)  # what was asked for before
     assert asked_of(page, 12) == []
-    asked = asked_of(page, 1, lambda: page.evaluate("""() => {
-        Object.defineProperty(document, 'hidden', {value: false, configurable: true});
-        document.dispatchEvent(new Event('visibilitychange'));
-    }"""))
+    asked = asked_of(page, 1, lambda: see(page))
     assert 'health' in asked
     expect(page.locator('#link')).to_have_text('live')
 
@@ -283,6 +277,10 @@ def test_the_keyboard_is_enough(make_page, server):
     expect(page.locator('#logs-panel')).to_be_visible()
     page.keyboard.press('a')  # as who dictates says it
     expect(page.locator('#agent-panel')).to_be_hidden()
+    here = page.url
+    on_a_mac = {'code': 'KeyA', 'key': 'å', 'altKey': True, 'bubbles': True}
+    page.dispatch_event('#log-search', 'keydown', on_a_mac)
+    assert page.url == here
     page.keyboard.press('Alt+KeyH')
     expect(page.locator('#help-dialog')).to_be_visible()
     assert page.locator('#new-button').get_attribute('title') == 'New workspace (Alt+N)'

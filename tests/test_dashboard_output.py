@@ -3,12 +3,12 @@ import re
 import shlex
 
 import pytest
-from browsing import PATIENCE, log_lines, open_dashboard, visit
+from browsing import PATIENCE, log_lines, open_dashboard, see, visit
 from conftest import Served, remove_objects
 from playwright.sync_api import expect
 
-# It does what its task says: `plan` has three steps, `wander` tells no total and goes on until it is
-# cancelled, `nasty` tries to break the page.
+# It does what its task says: `plan` has three steps of two calls at a time, `wander` tells no total and goes
+# on until it is cancelled, `nasty` tries to break the page.
 AGENT = r'''
 read -r task
 say() { printf '%s\n' "$1"; }
@@ -17,10 +17,10 @@ plan*)
     say "I do this: $task"
     for step in 1 2 3; do
         say '{"type":"progress","data":{"step":'$step',"total":3,"message":"Creating file'$step'.ts"}}'
-        data='{"stream":"tool","tool":"Write","message":"file'$step'.ts","status":'
-        say '{"type":"log","data":'"$data"'"started"}}'
+        data='{"stream":"tool","message":"file'$step'.ts","tool":'
+        for tool in Write Read; do say '{"type":"log","data":'"$data"'"'$tool'","status":"started"}}'; done
         sleep 1
-        say '{"type":"log","data":'"$data"'"completed"}}'
+        for tool in Write Read; do say '{"type":"log","data":'"$data"'"'$tool'","status":"completed"}}'; done
     done
     say '{"type":"result","data":{"message":"All three files are there."}}' ;;
 wander*)
@@ -40,10 +40,12 @@ esac
 
 @pytest.fixture(scope='module')
 def agent_server(tmp_path_factory, templates_dir, docker_client, base_image):
-    """A server whose agent is a script, with one workspace `lab` of the template `blank`."""
+    """A server whose agent is a script, with one workspace `lab` of the template `blank`, and one `elsewhere`
+    that has printed much."""
     served = Served(tmp_path_factory.mktemp('served'), templates_dir,
                     AGENT_COMMAND=shlex.join(['sh', '-c', AGENT]), DEFAULT_AGENT='command').start()
     try:
+        served.create('elsewhere', env={'PRINT': 'seq 400; echo the end'})
         served.create('lab', template='blank')
         served.wait_status('lab', 'running', timeout=1500)
         yield served
@@ -168,12 +170,17 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     expect(track).to_have_attribute('aria-valuemax', '3')
     expect(page.locator('.task-text')).to_have_text('plan three files')
     expect(page.locator('#agent-count')).to_have_text('1')
+    # A page that is not seen leaves its connection to others, and misses nothing.
+    with page.expect_event('requestfailed', lambda request: '/agent/sse/' in request.url):
+        see(page, False)
+    expect(page.locator('#sessions li')).to_contain_text('completed')
+    see(page)
     expect(page.locator('.end')).to_contain_text('All three files are there.')
     expect(page.locator('.said')).to_have_text('I do this: plan three files')
+    expect(page.locator('.step b')).to_have_text([f'Step {number} of 3' for number in (1, 2, 3)])
     done = page.locator('.did').evaluate_all('all => all.map((node) => node.dataset.status)')
-    assert done == ['completed'] * 3
+    assert done == ['completed'] * 6
     expect(page.locator('#sessions li')).to_have_count(1)
-    expect(page.locator('#sessions li')).to_contain_text('completed')
 
     page.click('#session-new')
     expect(page.locator('.end')).to_have_count(0)
@@ -198,6 +205,36 @@ def test_a_task_runs_to_its_end_and_another_is_cancelled(make_page, agent_server
     expect(page.locator('.task-text')).to_have_text(['wander about', 'plan again, in the same session'])
 
 
+def test_a_task_is_given_once_and_nothing_of_it_shows_elsewhere(make_page, agent_server):
+    page = make_page(expected='status of 40')
+    identity = agent_server.get('/api/workspaces/elsewhere')['id']
+    open_dashboard(page, agent_server, f'#/w/{identity}/agent/no-session')
+    agent, wrong = (page.locator(f'#composer {part}') for part in ('[name=agent]', '[data-for=task]'))
+    expect(agent).to_be_disabled()
+    page.click('#task-run')
+    expect(wrong).to_be_visible()
+
+    def go(name):
+        page.locator('#workspaces a', has_text=name).click()
+        expect(page.locator('#ws-name')).to_have_text(name)
+        page.click('#tab-agent')
+    go('lab')
+    expect(wrong).to_be_hidden()
+    expect(agent).to_be_enabled()
+
+    given = []
+    page.route('**/api/agent/execute', lambda route: given.append(route))
+    page.fill('textarea[name=task]', 'be nasty')
+    with page.expect_request('**/api/agent/execute'):
+        page.keyboard.press('Control+Enter')
+    page.keyboard.press('Control+Enter')
+    go('elsewhere')
+    assert len(given) == 1
+    given[0].continue_()
+    expect(page.locator('textarea[name=task]')).to_have_value('')
+    assert identity in page.url
+
+
 def test_what_an_agent_says_is_only_text(make_page, agent_server):
     page = make_page()
     open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/lab')['id'] + '/agent')
@@ -209,9 +246,30 @@ def test_what_an_agent_says_is_only_text(make_page, agent_server):
     assert page.locator('#transcript img, #transcript script').count() == 0
 
 
+def test_what_others_make_moves_neither_the_log_nor_the_focus(make_page, agent_server):
+    def another(name):
+        agent_server.create(name, template='tiny')
+        expect(page.locator('#workspaces li', has_text=name)).to_be_visible()
+    page = make_page()
+    open_dashboard(page, agent_server, '#/w/' + agent_server.get('/api/workspaces/elsewhere')['id'])
+    expect(page.locator('#log')).to_contain_text('the end')
+    page.hover('#log')
+    page.mouse.wheel(0, -2000)
+    expect(page.locator('#log-jump')).to_be_visible()
+    another('newcomer')
+    expect(page.locator('#log-jump')).to_be_visible()
+    visit(page, '#/w/' + agent_server.get('/api/workspaces/lab')['id'] + '/terminal', agent_server)
+    rows = page.frame_locator('#terminal-panel iframe').locator('.xterm-rows')
+    expect(rows).to_contain_text('$')
+    page.keyboard.press('Control+F6')  # the other keys are the program's
+    expect(page.locator('#tab-terminal')).to_be_focused()
+    another('latecomer')
+    expect(page.locator('#tab-terminal')).to_be_focused()
+
+
 def test_a_terminal_outlives_the_page_and_the_server(make_page, agent_server):
-    page, lab = make_page(expected='status of 40|ERR_CONNECTION_REFUSED|WebSocket'), agent_server.get(
-        '/api/workspaces/lab')
+    page = make_page(expected='status of (40|502)|ERR_CONNECTION_REFUSED|WebSocket')
+    lab = agent_server.get('/api/workspaces/lab')
     open_dashboard(page, agent_server, f"#/w/{lab['id']}")
     page.click('#tab-terminal')
     rows = page.frame_locator('#terminal-panel iframe').locator('.xterm-rows')
@@ -219,8 +277,11 @@ def test_a_terminal_outlives_the_page_and_the_server(make_page, agent_server):
     page.keyboard.type('export KEPT=here; echo $((40 + 2))!\n')
     expect(rows).to_contain_text('42!')
     agent_server.settings['PORT'] = str(agent_server.port)
-    agent_server.kill()
+    page.route('**/api/**', lambda route: route.fulfill(status=502))  # as a proxy does in its place
+    with page.expect_response(lambda answer: answer.frame != page.main_frame):
+        agent_server.kill()
     expect(rows).to_contain_text('The connection is lost. Reconnecting')
+    page.unroute('**/api/**')
     agent_server.start()
     expect(rows).not_to_contain_text('Reconnecting')
     expect(rows).to_contain_text('42!')

@@ -53,8 +53,11 @@ def test_an_image_that_could_not_be_built_can_be_tried_again(make_server, make_p
     expect(step).to_contain_text('this-is-why')
     again.click()
     create(page, 'first')
-    expect(page.locator('#ws-status')).to_have_text('error')
     page.click('.brand')
+    expect(page.locator('#workspaces .dot')).to_have_attribute('data-status', 'error')
+    with page.expect_response('**/api/workspaces/*/retry'):  # not a form for one more
+        again.click()
+    server.wait_status('first', 'error')
     page.reload()  # nothing is being built when it looks
     expect(again).to_be_visible()
     add('fresh', 'RUN sleep 2')
@@ -173,6 +176,9 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(guarded, make_page):
     visit(page, '', server)
     expect(page.locator('#token-dialog')).to_contain_text('API_TOKEN that the server was started with')
     assert not page.locator('.top, .app').locator('visible=true').count(), 'nothing is drawn before it'
+    for _ in range(3):
+        page.keyboard.press('Escape')
+    expect(page.locator('#token-dialog')).to_be_visible()
     page.fill('#token-form [name=token]', 'wrong')
     page.keyboard.press('Enter')
     expect(page.locator('#token-form .trouble')).to_contain_text('UNAUTHORIZED')
