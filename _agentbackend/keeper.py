@@ -6,6 +6,7 @@ import logging
 import re
 import secrets
 import time
+import weakref
 
 import gevent
 import gevent.event
@@ -77,6 +78,7 @@ class Keeper:
         self._loops = []
         self._checks = gevent.pool.Group()
         self._to_check = set()
+        self._latest = weakref.WeakValueDictionary()  # workspace id -> the look that was begun last
 
     def open(self):
         """Begin to follow the engine and to sweep; raise InstanceTaken when another server is at work on this
@@ -219,12 +221,15 @@ class Keeper:
         had_job = self._workspaces.has_job(workspace_id)
         self._workspaces.join_job(workspace_id)
         self._to_check.discard(workspace_id)
+        self._latest[workspace_id] = gevent.getcurrent()
         with contextlib.suppress(WorkspaceNotFound, EngineUnavailable, Superseded):
             workspace = self._state.get(workspace_id)
             container = self._engine.find(workspace_id)
             is_up = container and container.up
             if workspace.type == TEMPORARY and workspace.status == RUNNING and not is_up:
                 gevent.sleep(GRACE)
+                if self._latest.get(workspace_id) is not gevent.getcurrent():
+                    return  # it has changed since, and is given the same time anew
                 container = self._engine.find(workspace_id)
             workspace = self._state.get(workspace_id)
             if had_job and workspace.status == ERROR:
