@@ -125,6 +125,8 @@ class UpgradeRequired(BackendError): status, code = 426, 'VALIDATION_ERROR'
 
 
 class StateNotWritten(BackendError): status, code = 503, 'STATE_NOT_WRITTEN'
+
+
 class PortExhausted(BackendError):
     """A range of ports is full; `kind` says which: codeServer, ssh or custom."""
 
@@ -133,8 +135,6 @@ class PortExhausted(BackendError):
     def __init__(self, text, kind):
         super().__init__(text)
         self.kind = kind
-
-
 
 
 class NoRoom(BackendError): status, code = 503, 'NO_ROOM'

@@ -233,7 +233,7 @@ class Keeper:
                 container = self._engine.find(workspace_id)
             workspace = self._state.get(workspace_id)
             if had_job and workspace.status == ERROR:
-                return  # the start that the change came from has just failed, and said why
+                return  # the job that the change came from has just failed, and said why
             if workspace.status in SETTLED and not self._workspaces.has_job(workspace_id):
                 self._compare(workspace, container,
                               container is not None or self._engine.has_volume(workspace_id))

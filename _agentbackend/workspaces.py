@@ -371,7 +371,7 @@ class Workspaces:
         self._engine.bring(image, workspace.node, lambda line: self._build_output(workspace_id, line))
         if container is not None:
             # It publishes other ports or elsewhere, or was never started: a crash may have come before its
-            # files were in it. One of the pool's is none any more, before a crash could have it missed.
+            # files were in it. One of the pool is noted as cold first, or a crash here would cost its files.
             self._still(workspace_id, CREATING, cancelled, warm=False)
             self._engine.remove_container(container.id)
         return self._make_container(self._still(workspace_id, CREATING, cancelled), image, cancelled), b''
@@ -490,7 +490,7 @@ class Workspaces:
             self._state.update(workspace_id, when={CREATING}, flush=False, wanted_ports=wanted)
 
     def _claim_ports(self, workspace, avoid=frozenset()):
-        """Give a workspace the ports that it lacks, if need be those of the pool, and keep those it has."""
+        """Give a workspace the ports that it lacks, those of the pool if need be; it keeps those it has."""
         while True:
             taken = self._engine.taken()[1] - set(workspace.ports.values()) | avoid
             try:
